@@ -6,7 +6,8 @@ or a secret: a storage index may appear, shortened by `short_si`.
 
     GridError
     ├── FormatError              bytes or text are not what they should be
-    │   └── BadCapError
+    │   ├── BadCapError
+    │   └── UnknownVersionError
     ├── ShareError               this share will never be good (do not retry it; use another)
     │   ├── CorruptShareError
     │   └── ShareVersionError
@@ -32,6 +33,16 @@ class FormatError(GridError):
 
 class BadCapError(FormatError):
     """Text is not a capability of the kind asked for. Never repeats the text: a cap is a secret."""
+
+
+@define
+class UnknownVersionError(FormatError):
+    """A share begins with a layout version we do not know. The caller makes a ShareVersionError of it."""
+
+    version: int
+
+    def __str__(self) -> str:
+        return f"unknown share layout version {self.version}"
 
 
 class ShareError(GridError):
