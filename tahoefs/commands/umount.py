@@ -1,0 +1,61 @@
+"""`tahoefs umount MOUNTPOINT [--no-wait]`"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+import click
+
+from tahoefs.cli import UserError
+from tahoefs.control_client import ControlError, ask
+from tahoefs.mountpoint import FUSE_TYPE, filesystem_at, unmount
+from tahoefs.progress import Progress
+from tahoefs.registry import absolute, find_socket
+
+ANSWER_TIMEOUT_S: Final = 60.0
+POLL_S: Final = 0.05
+
+
+@click.command("umount", short_help="send what is unsent, then unmount")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--no-wait", is_flag=True, help="Do not wait: refused while anything is unsent.")
+@click.option("--timeout", "timeout_s", type=float, help="Give up sending after so many seconds; nothing is lost.")
+def command(mountpoint: Path, no_wait: bool, timeout_s: float | None) -> None:
+    """Send what is unsent to the grid, then unmount MOUNTPOINT."""
+    where = absolute(mountpoint)
+    socket = find_socket(where)
+    if filesystem_at(where) != FUSE_TYPE and socket is None:
+        raise UserError(f"{where}: not a tahoefs mount")
+    if socket is not None:
+        if no_wait:
+            pending = ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)["pending"]
+            if any(pending.values()):
+                raise UserError(
+                    f"{where}: {pending['files']} files are not sent yet and would be lost; leave out --no-wait"
+                )
+        else:
+            with Progress("sending") as progress:
+                ask(
+                    socket,
+                    {"command": "sync", "timeout_s": timeout_s},
+                    timeout_s=ANSWER_TIMEOUT_S,
+                    progress=progress.pending,
+                )
+    if filesystem_at(where) == FUSE_TYPE:
+        unmount(where)
+    if socket is not None:
+        _wait_until_gone(socket)
+
+
+def _wait_until_gone(socket: Path) -> None:
+    """What was written between the sync and the unmount is sent by the daemon before it ends."""
+    with Progress("finishing") as progress:
+        while socket.exists():
+            try:
+                progress.pending(ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)["pending"])
+            except ControlError:
+                if not socket.exists():
+                    return
+            time.sleep(POLL_S)

@@ -1,0 +1,265 @@
+"""One mount, from a cap to a folder and back: joins the grid, serves FUSE and the control socket, drains, ends.
+
+    node directory → grid → root directory → workspace → vfs → FUSE
+                                                 └→ control socket (status, sync)
+
+Run by `tahoefs mount`: in the same process with `-f`, else as a child (`python -m tahoefs.daemon`) that gets its
+MountConfig on standard input (a cap must not stand in an argument list) and says on standard output, in
+one line of JSON, that the folder works or why it does not.
+
+The end comes from the kernel (unmounted), or from SIGTERM or SIGINT: then the folder is unmounted, what is unsent is
+sent, and the process ends. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+import grid
+from cache import Workspace, WorkspaceOptions, open_workspace
+from grid.errors import GridError, GridUnreachableError, NotEnoughSharesError, WrongKindError
+from tahoefs import fuse
+from tahoefs.control import Progress, serve_control
+from tahoefs.errnos import exit_code_of
+from tahoefs.failures import leaf_error
+from tahoefs.mount_config import MountConfig, log_file
+from tahoefs.options import MountOptions
+from tahoefs.registry import registered
+from tahoefs.vfs import VFS
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 30.0  # for enough servers to answer at start
+ROOT_TIMEOUT_S: Final = 60.0  # for reading the root directory, and the way down to a sub-path
+READY_TIMEOUT_S: Final = 10.0  # for the kernel to answer a listing of the new mount
+PROGRESS_INTERVAL_S: Final = 0.5
+LOG_BYTES_MAX: Final = 4 << 20
+CONFIG_BYTES_MAX: Final = 1 << 20
+
+
+class UnsentError(Exception):
+    """Told to stop at once while files were unsent; the text says how many."""
+
+
+async def run_mount(config: MountConfig, ready: Callable[[], None], note: Callable[[str], None] = log.info) -> None:
+    """Mount, call `ready` once the folder lists, serve until unmounted or told to stop, drain.
+
+    Raises whatever made the mount impossible (nothing is left mounted), UnsentError on a second signal.
+    """
+    options = MountOptions.parse(config.options)
+    node = grid.NodeDirectory.open(Path(config.node_dir))
+    where = Path(config.mountpoint)
+    async with grid.join_grid(node) as client:
+        note("waiting for storage servers")
+        root = await _find_root(client, config)
+        settings = WorkspaceOptions(
+            nickname=node.nickname,
+            cache_bytes=options.cache_size,
+            journal_bytes=options.journal_size,
+            durability=options.durability,
+            mutable=options.mutable,
+            poll_s=options.poll_s,
+            convergent=options.convergence == "node",
+            read_only=options.read_only,
+        )
+        state_dir = (options.cache_dir or node.path) / "tahoefs"
+        async with open_workspace(client, root, state_dir=state_dir, options=settings) as workspace:
+            with trio.fail_after(ROOT_TIMEOUT_S):
+                await workspace.load(workspace.root, None)
+            await _serve(config, options, client, workspace, where, ready, note)
+
+
+async def _serve(
+    config: MountConfig,
+    options: MountOptions,
+    client: grid.GridClient,
+    workspace: Workspace,
+    where: Path,
+    ready: Callable[[], None],
+    note: Callable[[str], None],
+) -> None:
+    started = time.time()
+    state = {"state": "online"}
+
+    def status() -> dict[str, Any]:
+        servers = client.broker.get_known_servers()
+        return {
+            "mountpoint": str(where),
+            "source": config.label,
+            "readonly": workspace.readonly,
+            "pid": os.getpid(),
+            "since": started,
+            "servers": {"connected": sum(each.connected for each in servers), "known": len(servers)},
+            **workspace.status(),
+            **state,
+        }
+
+    async def answer_status(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return status()
+
+    async def answer_sync(request: dict[str, Any], progress: Progress) -> None:
+        timeout_s = request.get("timeout_s")
+        await _with_progress(workspace, progress, float(timeout_s) if timeout_s is not None else None)
+
+    vfs = VFS(workspace, options=options)
+    with registered(Path(config.node_dir), where) as socket_path:
+        async with trio.open_nursery() as services:
+            await services.start(serve_control, socket_path, {"status": answer_status, "sync": answer_sync})
+            stop = trio.Event()
+            abandon = trio.CancelScope()
+            services.start_soon(_watch_signals, stop, abandon, note)
+            async with trio.open_nursery() as mounted:
+                unmounted = trio.Event()
+
+                async def serve_fuse(*, task_status: trio.TaskStatus[None]) -> None:
+                    try:
+                        await fuse.serve(vfs, where, options, config.label, task_status=task_status)
+                    finally:
+                        unmounted.set()
+
+                await mounted.start(serve_fuse)
+                with trio.fail_after(READY_TIMEOUT_S):
+                    await trio.to_thread.run_sync(os.listdir, where, abandon_on_cancel=True)
+                ready()
+                note(f"{config.label} is mounted on {where}")
+                mounted.start_soon(_cancel_when, stop, mounted.cancel_scope)
+                await unmounted.wait()
+                mounted.cancel_scope.cancel()
+            state["state"] = "draining"
+            with abandon:
+                await _drain(workspace, note)
+            services.cancel_scope.cancel()
+            if abandon.cancelled_caught:
+                pending = workspace.status()["pending"]
+                raise UnsentError(f"stopped with {pending['files']} files ({pending['bytes']} bytes) not sent")
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+async def _watch_signals(stop: trio.Event, abandon: trio.CancelScope, note: Callable[[str], None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            if stop.is_set():
+                abandon.cancel()
+            else:
+                note("stopping: what is unsent is being sent first")
+            stop.set()
+
+
+async def _drain(workspace: Workspace, note: Callable[[str], None]) -> None:
+    """Send everything; tries for as long as it takes. Telling it to give up is the caller's right."""
+    if pending := workspace.status()["pending"]["files"]:
+        note(f"sending {pending} files")
+    while True:
+        try:
+            await workspace.drain()
+        except GridError as error:
+            note(f"not sent yet: {error}")
+            await trio.sleep(PROGRESS_INTERVAL_S)
+        else:
+            return
+
+
+async def _with_progress(workspace: Workspace, progress: Progress, timeout_s: float | None) -> None:
+    """Wait until everything is on the grid, telling the asker how far it is."""
+    async with trio.open_nursery() as nursery:
+
+        async def tell() -> None:
+            while True:
+                await progress(workspace.status()["pending"])
+                await trio.sleep(PROGRESS_INTERVAL_S)
+
+        nursery.start_soon(tell)
+        try:
+            await workspace.wait(timeout_s=timeout_s)
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def _find_root(client: grid.GridClient, config: MountConfig) -> grid.Cap:
+    """The cap of the directory to show. Raises BadCapError, WrongKindError, GridUnreachableError, …"""
+    cap = grid.parse_known_cap(config.cap)
+    _, happy, _ = client.node.encoding
+    connected = await client.broker.wait_for_servers(happy, CONNECT_TIMEOUT_S) if cap.storage_index else 0
+    try:
+        with trio.fail_after(ROOT_TIMEOUT_S):
+            for part in config.path:
+                if not cap.is_directory:
+                    raise WrongKindError(f"{config.label}: a part of the path is not a directory")
+                node = await client.create_node_from_uri(cap).get(part)
+                cap = node.cap
+            if not cap.is_directory:
+                raise WrongKindError(f"{config.label} is not a directory, so it cannot be mounted")
+            await client.create_node_from_uri(cap).list()
+    except (NotEnoughSharesError, trio.TooSlowError) as error:
+        if connected < happy:
+            raise GridUnreachableError(
+                f"only {connected} storage servers could be reached, too few to read {config.label}: "
+                "check the network, the introducer and the servers"
+            ) from error
+        raise
+    return cap
+
+
+# --- the child process -------------------------------------------------------------------------------------
+
+
+def set_up_logging(file: Path | None, *, debug: bool) -> None:
+    """Log to a bounded file, or to standard error."""
+    handler: logging.Handler = logging.StreamHandler()
+    if file is not None:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handler = logging.handlers.RotatingFileHandler(file, maxBytes=LOG_BYTES_MAX, backupCount=1)
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
+    )
+
+
+def main() -> int:
+    """The background daemon. See the module's docstring for how its parent talks to it."""
+    config = MountConfig.from_json(sys.stdin.read(CONFIG_BYTES_MAX))
+    answered = False
+
+    def answer(message: dict[str, Any]) -> None:
+        nonlocal answered
+        if answered:
+            return
+        answered = True
+        with contextlib.suppress(OSError):
+            print(json.dumps(message), flush=True)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):  # from here on nobody listens: a daemon holds no terminal
+            os.dup2(null, descriptor)
+        os.close(null)
+
+    set_up_logging(log_file(config), debug=config.debug)
+    try:
+        trio.run(run_mount, config, lambda: answer({"ready": True}))
+    except BaseException as raised:
+        error = leaf_error(raised)
+        code = exit_code_of(error)
+        log.error("mount of %s ended: %s", config.label, error, exc_info=raised if code == 1 else None)
+        answer({"error": str(error) or type(error).__name__, "exit_code": code})
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
