@@ -156,9 +156,7 @@ class TahoeGrid:
         for number, port in enumerate(ports):
             config = _listening(port, f"server{number}") + "[storage]\nenabled = true\nreserved_space = 0\n"
             self.servers.append(self._join(Node(self.tahoe, self.base / f"server{number}", "client", config)))
-        self.client = self._join(
-            Node(self.tahoe, self.base / "client", "client", client_config(web_port, self.shares))
-        )
+        self.client = self._join(Node(self.tahoe, self.base / "client", "client", client_config(web_port, self.shares)))
         for node in (*self.servers, self.client):
             node.start()
         self.web = f"http://127.0.0.1:{web_port}"

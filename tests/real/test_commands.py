@@ -1,0 +1,110 @@
+"""From nothing to a mounted folder with the commands alone; aliases; what a cap is; a mount's life."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from tahoefs.mountpoint import FUSE_TYPE, filesystem_at
+from tests.real.conftest import Mount, Mounter, can_mount, tahoefs
+from tests.real.tahoe_grid import TahoeGrid, wait_until
+
+pytestmark = [pytest.mark.interop, pytest.mark.mount]
+
+
+def test_from_nothing_to_a_folder(real_grid: TahoeGrid, tmp_path: Path) -> None:
+    """create-client, create-alias, mount, write, umount; and the real client sees the file."""
+    if (reason := can_mount()) is not None:
+        pytest.skip(reason)
+    node, where = tmp_path / "node", tmp_path / "folder"
+    where.mkdir()
+    tahoefs("create-client", node, "--introducer", real_grid.introducer_furl)
+    assert stat.S_IMODE((node / "private").stat().st_mode) == 0o700
+    tahoefs("create-alias", "-d", node, "home")
+    tahoefs("mount", "home:", where, "-d", node)
+    (where / "hello").write_bytes(b"hello, grid")
+    listed = json.loads(tahoefs("status", "--json").stdout)["mounts"]
+    assert str(where) in {each["mountpoint"] for each in listed}
+    tahoefs("umount", where)
+    assert filesystem_at(where) is None
+    cap = json.loads(tahoefs("list-aliases", "-d", node, "--json").stdout)["home"]
+    assert real_grid.get(cap, "hello") == b"hello, grid"
+    again = tahoefs("create-alias", "-d", node, "home", check=False)
+    assert (again.returncode, json.loads(tahoefs("list-aliases", "-d", node, "--json").stdout)["home"]) == (1, cap)
+
+
+def test_the_real_client_takes_our_node_directory(real_grid: TahoeGrid, tmp_path: Path) -> None:
+    """Tahoe's own command reads the aliases we wrote into a node directory we made."""
+    import subprocess
+
+    node = tmp_path / "node"
+    tahoefs("create-client", node, "--introducer", real_grid.introducer_furl)
+    tahoefs("create-alias", "-d", node, "mine")
+    listed = subprocess.run(
+        [real_grid.tahoe, "-d", node, "list-aliases"], capture_output=True, text=True, check=True
+    ).stdout
+    assert listed.split() == ["mine:", json.loads(tahoefs("list-aliases", "-d", node, "--json").stdout)["mine"]]
+
+
+def test_aliases_and_caps(real_grid: TahoeGrid, tmp_path: Path, root_cap: str) -> None:
+    node = tmp_path / "node"
+    tahoefs("create-client", node, "--introducer", real_grid.introducer_furl)
+    info = real_grid.json(root_cap)[1]
+    (tmp_path / "cap").write_text(root_cap + "\n")
+    tahoefs("add-alias", "-d", node, "theirs", f"@{tmp_path / 'cap'}")
+    tahoefs("add-alias", "-d", node, "readonly", "-", stdin=info["ro_uri"])
+    told = json.loads(tahoefs("cap", "theirs:", "-d", node, "--json").stdout)
+    assert (told["cap"], told["readonly_cap"], told["verify_cap"]) == (root_cap, info["ro_uri"], info["verify_uri"])
+    assert (told["kind"], told["writeable"]) == ("dir-sdmf", True)
+    told = json.loads(tahoefs("cap", "readonly:", "-d", node, "--json").stdout)
+    assert (told["cap"], told["writeable"]) == (info["ro_uri"], False)
+    bad = tahoefs("add-alias", "-d", node, "file", "-", stdin=real_grid.put(b"x" * 100), check=False)
+    assert bad.returncode == 4
+    garbled = tahoefs("cap", "-", stdin="URI:CHK:garbled", check=False)
+    assert (garbled.returncode, "garbled" in garbled.stderr) == (4, False)
+
+
+def test_killed_daemon_leaves_a_mount_point_that_mounts_again(
+    real_grid: TahoeGrid, root_cap: str, mounted: Mounter, node_dir: Path
+) -> None:
+    real_grid.put_at(root_cap, "file", b"x")
+    with mounted(root_cap) as mount:
+        os.kill(mount.pid, signal.SIGKILL)
+        with pytest.raises(OSError, match="not connected"):
+            wait_until(lambda: os.listdir(mount.path) and None, "the mount to die", 30)
+            os.stat(mount.path)
+        tahoefs("mount", "-", mount.path, "-d", node_dir, stdin=root_cap)
+        assert (mount.path / "file").read_bytes() == b"x"
+        assert Mount(mount.path).pid != mount.pid
+
+
+def test_terminated_daemon_sends_what_is_unsent(real_grid: TahoeGrid, root_cap: str, mounted: Mounter) -> None:
+    """SIGTERM, as systemd sends it: unmounted, sent, ended."""
+    with mounted(root_cap, drain=False) as mount:
+        (mount.path / "file").write_bytes(b"written just before the end" * 100)
+        os.kill(mount.pid, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{mount.pid}").exists() or _is_zombie(mount.pid), "the daemon's end", 60)
+        assert filesystem_at(mount.path) != FUSE_TYPE
+    assert real_grid.get(root_cap, "file") == b"written just before the end" * 100
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_no_cap_in_the_process_list_or_the_log(
+    real_grid: TahoeGrid, root_cap: str, mounted: Mounter, node_dir: Path
+) -> None:
+    with mounted(root_cap) as mount:
+        (mount.path / "file").write_bytes(b"y" * 1000)
+        mount.sync()
+        secret = root_cap.split(":")[2]
+        assert secret not in Path(f"/proc/{mount.pid}/cmdline").read_text()
+        assert secret not in Path(f"/proc/{mount.pid}/environ").read_text(errors="replace")
+        log = mount.log(node_dir)
+    assert secret not in log and "URI:" not in log and "pb://" not in log
