@@ -26,8 +26,9 @@ from attrs import frozen
 from grid.errors import FormatError
 from grid.errors import UnknownVersionError as UnknownVersionError
 from grid.formats.hashtree import needed_hashes, tree_size
+from grid.formats.hashutil import HASH_BYTES
 from grid.formats.segments import Segmentation
-from grid.formats.ueb import HASH_BYTES, SHARES_MAX, UEB_BYTES_MAX
+from grid.formats.ueb import SHARES_MAX, UEB_BYTES_MAX
 
 HEADER_BYTES_MAX: Final = 0x44
 OFFSET_MAX: Final = (1 << 63) - 1  # what Foolscap and a file system can address

@@ -29,8 +29,9 @@ from grid.formats.chk_share import (
     unpack_share_hashes,
 )
 from grid.formats.hashtree import tree_size
+from grid.formats.hashutil import HASH_BYTES
 from grid.formats.segments import Segmentation
-from grid.formats.ueb import HASH_BYTES, SEGMENT_BYTES_MAX, SEGMENTS_MAX
+from grid.formats.ueb import SEGMENT_BYTES_MAX, SEGMENTS_MAX
 
 HEADER_BYTES: Final = 123  # enough for either format
 SALT_BYTES: Final = 16
@@ -56,7 +57,7 @@ Format = Literal["sdmf", "mdmf"]
 Range = tuple[int, int]  # offset and length, in bytes
 
 
-@frozen
+@frozen(order=True)
 class MutableOffsets:
     """(offset, length) of every part of one share, whichever order its format keeps them in."""
 
@@ -134,6 +135,11 @@ class MutableHeader:
     segment_size: int
     data_size: int  # plaintext
     offsets: MutableOffsets
+    segmentation: Segmentation = field(init=False, repr=False, eq=False)
+
+    @segmentation.default
+    def _segmentation(self) -> Segmentation:
+        return Segmentation(size=self.data_size, k=self.k, segment_size=self.segment_size)
 
     @property
     def signed_prefix(self) -> bytes:
@@ -149,29 +155,13 @@ class MutableHeader:
         return self.signed_prefix[: SDMF_CHECKSTRING_BYTES if self.format == "sdmf" else MDMF_CHECKSTRING_BYTES]
 
     @property
-    def version_key(self) -> tuple[object, ...]:
+    def version_key(self) -> tuple[int, bytes, bytes, MutableOffsets]:
         """Equal for shares of one version. Sorts by sequence number, then root hash: the best version last."""
-        offsets = self.offsets
-        return (
-            self.seqnum,
-            self.root_hash,
-            self.signed_prefix,
-            offsets.public_key,
-            offsets.signature,
-            offsets.share_hash_chain,
-            offsets.block_hash_tree,
-            offsets.share_data,
-            offsets.encrypted_private_key,
-            offsets.eof,
-        )
-
-    @property
-    def segmentation(self) -> Segmentation:
-        return Segmentation(size=self.data_size, k=self.k, segment_size=self.segment_size)
+        return self.seqnum, self.root_hash, self.signed_prefix, self.offsets
 
     @property
     def num_segments(self) -> int:
-        return -(-self.data_size // self.segment_size) if self.data_size else 0
+        return self.segmentation.num_segments
 
     @property
     def block_hash_tree_range(self) -> Range:
@@ -184,12 +174,9 @@ class MutableHeader:
         return 0 if self.format == "sdmf" else SALT_BYTES
 
     def salt_and_block_range(self, segment: int) -> Range:
-        """(offset, length) of a segment's block, with its salt before it in MDMF."""
-        if not 0 <= segment < self.num_segments:
-            raise ValueError(f"no segment {segment}")
-        segmentation = self.segmentation
-        start = self.offsets.share_data[0] + segment * (self.salt_bytes + segmentation.block_size)
-        return start, self.salt_bytes + segmentation.block_bytes(segment)
+        """(offset, length) of a segment's block, in MDMF with its salt before it. ValueError: no such segment."""
+        start = self.offsets.share_data[0] + segment * (self.salt_bytes + self.segmentation.block_size)
+        return start, self.salt_bytes + self.segmentation.block_bytes(segment)
 
     def split_salt_and_block(self, segment: int, data: bytes | memoryview) -> tuple[bytes, memoryview]:
         """(salt, block) of what stands at `salt_and_block_range(segment)`. FormatError when it is short."""
@@ -202,11 +189,9 @@ class MutableHeader:
         return bytes(view[:SALT_BYTES]), view[SALT_BYTES:]
 
     def _check(self) -> None:
-        if not 1 <= self.k <= self.n:
+        if self.k > self.n:
             raise FormatError("mutable share has impossible k and N")
         self.offsets.check(SDMF_HEADER_BYTES if self.format == "sdmf" else MDMF_HEADER_BYTES)
-        if self.segment_size % self.k or (self.data_size and not self.segment_size):
-            raise FormatError("mutable share has an impossible segment size")
         if self.format == "sdmf" and (self.segment_size < self.data_size or self.data_size > SDMF_DATA_BYTES_MAX):
             raise FormatError("SDMF share has more than one segment, or too large a one")
         if self.format == "mdmf" and self.segment_size > SEGMENT_BYTES_MAX:

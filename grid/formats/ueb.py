@@ -19,15 +19,14 @@ from typing import Final, Self
 from attrs import field, frozen
 
 from grid.errors import FormatError
-from grid.formats.hashutil import uri_extension_hash
+from grid.formats.hashutil import HASH_BYTES, uri_extension_hash
 from grid.formats.netstring import netstring, read_netstring
 from grid.formats.segments import Segmentation
 
 UEB_BYTES_MAX: Final = 2000
-HASH_BYTES: Final = 32
 SHARES_MAX: Final = 256
 SEGMENT_BYTES_MAX: Final = 64 << 20  # ours: a segment is held whole in memory, and the uploader chose its size
-SEGMENTS_MAX: Final = 1 << 24  # ours: 16 TiB in usual segments; each costs two hash tree nodes per share
+SEGMENTS_MAX: Final = 1 << 20  # ours: 1 TiB in usual segments; each costs two hash tree nodes per share in memory
 
 _KEY = re.compile(rb"([a-zA-Z_-]{1,64}):")
 _NUMBER = re.compile(rb"[0-9]{1,20}")
