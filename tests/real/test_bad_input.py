@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tahoefs.mountpoint import filesystem_at
-from tests.real.conftest import can_mount, tahoefs
+from tests.real.mounting import can_mount, tahoefs
 from tests.real.tahoe_grid import TahoeGrid
 
 pytestmark = [pytest.mark.interop, pytest.mark.mount]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tahoefs.mountpoint import FUSE_TYPE, filesystem_at
-from tests.real.conftest import Mount, Mounter, can_mount, tahoefs
+from tests.real.mounting import Mount, Mounter, can_mount, tahoefs
 from tests.real.tahoe_grid import TahoeGrid, wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.mount]
@@ -77,7 +77,7 @@ def test_killed_daemon_leaves_a_mount_point_that_mounts_again(
         os.kill(mount.pid, signal.SIGKILL)
         with pytest.raises(OSError, match="not connected"):
             wait_until(lambda: os.listdir(mount.path) and None, "the mount to die", 30)
-            os.stat(mount.path)
+            mount.path.stat()
         tahoefs("mount", "-", mount.path, "-d", node_dir, stdin=root_cap)
         assert (mount.path / "file").read_bytes() == b"x"
         assert Mount(mount.path).pid != mount.pid

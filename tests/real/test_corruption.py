@@ -13,7 +13,7 @@ import pytest
 
 from grid.formats.base32 import b2a
 from grid.formats.caps import parse_known_cap
-from tests.real.conftest import Mounter
+from tests.real.mounting import Mounter
 from tests.real.sample_tree import content
 from tests.real.tahoe_grid import TahoeGrid
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import Mounter, tahoefs
+from tests.real.mounting import Mounter, tahoefs
 from tests.real.sample_tree import content
 from tests.real.tahoe_grid import TahoeGrid, wait_until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import Mounter
+from tests.real.mounting import Mounter
 from tests.real.sample_tree import content, many_files, sample_files, write_tree
 from tests.real.tahoe_grid import TahoeGrid
 
