@@ -1,6 +1,6 @@
 """Golden vectors made by running Tahoe-LAFS 1.20 and Foolscap: `tests/vectors/*.json` and `*.bin`.
 
-Byte values are hex unless a field says otherwise. Large inputs are recipes ({"gen", "seed", "length"}) or point
+Byte values are hex (or {"hex"}) unless a field says otherwise. Large inputs are recipes ({"gen", "seed", "length"}) or point
 into a .bin file ({"file", "offset", "length"}); `expand` turns any of the three into bytes. Whatever is asked for
 and not there, or empty, is an error: a test that quietly runs over no vectors proves nothing.
 """
@@ -53,6 +53,8 @@ def expand(value: Any) -> bytes:
     """Bytes of a hex string, a recipe, or a pointer into a .bin file."""
     if isinstance(value, str):
         return bytes.fromhex(value)
+    if "hex" in value:
+        return bytes.fromhex(value["hex"])
     if "gen" in value:
         return _sha256_counter(value["gen"], value["seed"], value["length"])
     return blob(value)

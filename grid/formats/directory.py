@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
@@ -37,6 +38,13 @@ log = logging.getLogger(__name__)
 DIRECTORY_BYTES_MAX: Final = 128 << 20  # some 300,000 children: it is held whole in memory
 MAC_BYTES: Final = 32
 
+# Read caps as every client writes them, which cannot be in error: those need no parsing before someone asks.
+# (Literal caps are not among them: whether their base32 is sound only parsing tells.)
+_KEY: Final = rb"[a-z2-7]{25}[aeimquy4]"
+_HASH: Final = rb"[a-z2-7]{51}[aq]"
+_IMMUTABLE_READ_CAP: Final = re.compile(rb"URI:(?:DIR2-)?CHK:%b:%b:[0-9]{1,3}:[0-9]{1,3}:[0-9]{1,18}" % (_KEY, _HASH))
+_MUTABLE_READ_CAP: Final = re.compile(rb"URI:(?:SSK|MDMF|DIR2|DIR2-MDMF)-RO:%b:%b" % (_KEY, _HASH))
+
 
 def normalize_name(name: str) -> str:
     """The form names are stored and compared in."""
@@ -52,7 +60,7 @@ class DirEntry:
     """
 
     name: str = field(converter=normalize_name)
-    _cap: Cap | _WriteSlot = field(repr=False)
+    _cap: Cap | _StoredCap = field(repr=False)
     metadata: dict[str, Any]
     raw: bytes | memoryview | None = field(default=None, repr=False, eq=False)
     writekey: bytes | None = field(default=None, repr=False, eq=False)
@@ -60,29 +68,32 @@ class DirEntry:
     @property
     def cap(self) -> Cap:
         """The child's strongest cap we can know; a write cap is decrypted when this is first asked for."""
-        return self._cap.open() if isinstance(self._cap, _WriteSlot) else self._cap
+        return self._cap.open() if isinstance(self._cap, _StoredCap) else self._cap
 
     def changed(self, **changes: Any) -> Self:
         """The same child with another `name`, `cap` or `metadata`; it will be packed anew."""
         return evolve(self, raw=None, writekey=None, **changes)
 
 
-class _WriteSlot:
-    """A child's encrypted write cap, beside its read cap. Opened once, on demand: most never are."""
+class _StoredCap:
+    """A child's slots, one of them perhaps encrypted. Opened once, on demand: most never are."""
 
     __slots__ = ("_cap", "_ro", "_slot", "_writekey")
 
-    def __init__(self, ro: bytes, slot: bytes, writekey: bytes) -> None:
+    def __init__(self, ro: bytes, slot: bytes, writekey: bytes | None) -> None:
         self._ro, self._slot, self._writekey = ro, slot, writekey
         self._cap: Cap | None = None
 
     def open(self) -> Cap:
         if self._cap is None:
-            self._cap = _cap_of_slots(decrypt_rwcap(self._writekey, self._slot), self._ro, deep_immutable=False)
+            rw = b"" if self._writekey is None else decrypt_rwcap(self._writekey, self._slot)
+            self._cap = _cap_of_slots(rw, self._ro, deep_immutable=False)
         return self._cap
 
     def __eq__(self, other: object) -> bool:
-        return (other.open() if isinstance(other, _WriteSlot) else other) == self.open()
+        return (other.open() if isinstance(other, _StoredCap) else other) == self.open()
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def unpack_directory(data: bytes | memoryview, *, mutable: bool, writekey: bytes | None) -> dict[str, DirEntry]:
@@ -183,29 +194,25 @@ def _split_entry(content: memoryview) -> tuple[str, bytes, memoryview, dict[str,
     return text, bytes(ro).rstrip(b" "), slot, metadata
 
 
-def _child(ro: bytes, slot: memoryview, *, mutable: bool, writekey: bytes | None) -> Cap | _WriteSlot | None:
+def _child(ro: bytes, slot: memoryview, *, mutable: bool, writekey: bytes | None) -> Cap | _StoredCap | None:
     """A child's cap; None to leave it out."""
     if not mutable and len(slot):
         raise FormatError("immutable directory has a child with a write cap")
-    read_cap = _cap_of_slots(b"", ro, deep_immutable=not mutable)
     if writekey is None or len(slot) <= KEY_BYTES + MAC_BYTES:
-        return None if _in_error(read_cap) else read_cap
-    if read_cap.is_mutable and read_cap.is_readonly and not isinstance(read_cap, UnknownCap):
-        return _WriteSlot(ro, bytes(slot), writekey)
-    # An odd one: to know whether it counts at all, both slots must be seen.
-    cap = _cap_of_slots(decrypt_rwcap(writekey, slot), ro, deep_immutable=False)
-    return None if _in_error(cap) else cap
+        if _IMMUTABLE_READ_CAP.fullmatch(ro) or (mutable and _MUTABLE_READ_CAP.fullmatch(ro)):
+            return _StoredCap(ro, b"", None)
+        cap = _cap_of_slots(b"", ro, deep_immutable=not mutable)
+    else:
+        if _MUTABLE_READ_CAP.fullmatch(ro):
+            return _StoredCap(ro, bytes(slot), writekey)
+        # An odd one: only the write cap tells whether it counts.
+        cap = _cap_of_slots(decrypt_rwcap(writekey, slot), ro, deep_immutable=False)
+    return None if isinstance(cap, UnknownCap) and cap.error is not None else cap
 
 
 def _cap_of_slots(rw: bytes, ro: bytes, *, deep_immutable: bool) -> Cap:
-    try:
-        return child_cap(rw.decode("utf-8") or None, ro.decode("utf-8") or None, deep_immutable=deep_immutable)
-    except UnicodeDecodeError:
-        return UnknownCap(rw=None, ro=None, error=None)  # kept as it is, for as long as nobody touches it
-
-
-def _in_error(cap: Cap) -> bool:
-    return isinstance(cap, UnknownCap) and cap.error is not None
+    rw_text, ro_text = (slot.decode("utf-8", "surrogateescape") or None for slot in (rw, ro))
+    return child_cap(rw_text, ro_text, deep_immutable=deep_immutable)
 
 
 def _pack_entry(
