@@ -1,7 +1,7 @@
 """Golden vectors made by running Tahoe-LAFS 1.20 and Foolscap: `tests/vectors/*.json` and `*.bin`.
 
-Byte values are hex (or {"hex"}) unless a field says otherwise. Large inputs are recipes ({"gen", "seed", "length"}) or point
-into a .bin file ({"file", "offset", "length"}); `expand` turns any of the three into bytes. Whatever is asked for
+Byte values are hex unless a field says otherwise. Large inputs are recipes ({"gen", "seed", "length"}), point into a
+.bin file ({"file", "offset", "length"}), or are {"hex"}; `expand` turns any of these into bytes. Whatever is asked for
 and not there, or empty, is an error: a test that quietly runs over no vectors proves nothing.
 """
 
