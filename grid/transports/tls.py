@@ -1,0 +1,314 @@
+"""TLS for tubs, both ways, over any byte stream.
+
+Tubs trust no authority: any certificate is taken, and its SHA-1 is the peer's name. Both sides present one.
+The dialler uses the standard library. The acceptor cannot: the standard library asks for a client certificate
+only together with verifying it, which self-signed ones fail; so it uses pyOpenSSL with a callback that accepts.
+Both run over memory buffers under one stream, which reads and writes in large pieces.
+
+Limits: nothing is read ahead beyond one read of the socket, and ciphertext is sent in pieces of at most
+SEND_BYTES plus one record.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import trio
+from OpenSSL import SSL, crypto
+
+from grid.crypto import TubIdentity
+
+READ_BYTES: Final = 256 << 10  # asked of the socket at a time
+RECORD_BYTES: Final = 16 << 10  # plaintext in one TLS record
+SEND_BYTES: Final = 256 << 10  # ciphertext gathered before it is handed to the socket
+COALESCE_BYTES: Final = RECORD_BYTES  # smaller buffers are joined until they fill a record
+CLOSE_TIMEOUT_S: Final = 1.0  # for the goodbye
+
+Buffer = bytes | bytearray | memoryview
+
+
+class _Engine(Protocol):
+    """One TLS connection over memory. Raises BrokenResourceError for everything that is wrong with it."""
+
+    def handshake(self) -> bool:
+        """Whether it is finished; else more has to come from the peer."""
+
+    def put(self, ciphertext: bytes) -> None: ...
+    def take(self) -> bytes:
+        """Ciphertext to send."""
+
+    def read(self) -> bytes | None:
+        """Up to one record; b"" at the end; None when more has to come from the peer."""
+
+    def write(self, plaintext: memoryview) -> int: ...
+    def shutdown(self) -> None: ...
+    def peer_certificate_der(self) -> bytes | None: ...
+
+
+class TLSStream(trio.abc.Stream):
+    """A byte stream inside TLS; knows the certificate of its peer once the handshake is done."""
+
+    def __init__(self, transport: trio.abc.Stream, engine: _Engine) -> None:
+        self._transport = transport
+        self._engine = engine
+        self._send_lock = trio.Lock()
+        self._encrypted_bytes = 0  # plaintext encrypted and not handed to the transport yet
+
+    @property
+    def peer_certificate_der(self) -> bytes | None:
+        return self._engine.peer_certificate_der()
+
+    async def do_handshake(self) -> None:
+        """Raises BrokenResourceError. The caller sets the deadline."""
+        while not self._engine.handshake():
+            await self._flush()
+            ciphertext = await self._transport.receive_some(READ_BYTES)
+            if not ciphertext:
+                raise trio.BrokenResourceError("connection closed in the TLS handshake")
+            self._engine.put(bytes(ciphertext))
+        await self._flush()
+
+    async def receive_pieces(self) -> list[bytes]:
+        """At least one piece of what has arrived; none at the end."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            pieces = []
+            while piece := self._engine.read():
+                pieces.append(piece)
+            if pieces or piece is not None:
+                return pieces
+            ciphertext = await self._transport.receive_some(READ_BYTES)
+            if not ciphertext:
+                return []  # many peers close without a goodbye
+            self._engine.put(bytes(ciphertext))
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """`max_bytes` is not honoured: what has arrived comes at once."""
+        return b"".join(await self.receive_pieces())
+
+    async def send_buffers(self, buffers: Sequence[Buffer]) -> None:
+        """Send all of them, in order. Large ones are encrypted where they are."""
+        async with self._send_lock:
+            small = bytearray()
+            for buffer in buffers:
+                if len(buffer) < COALESCE_BYTES:
+                    small += buffer
+                    if len(small) >= COALESCE_BYTES:
+                        await self._encrypt(memoryview(small))
+                        small = bytearray()
+                else:
+                    await self._encrypt(memoryview(small))
+                    small = bytearray()
+                    await self._encrypt(memoryview(buffer))
+            await self._encrypt(memoryview(small))
+            await self._send_encrypted()
+
+    async def _encrypt(self, data: memoryview) -> None:
+        """The send lock is held. Sends whenever enough has gathered."""
+        position = 0
+        while position < len(data):
+            written = self._engine.write(data[position : position + RECORD_BYTES])
+            position += written
+            self._encrypted_bytes += written
+            if self._encrypted_bytes >= SEND_BYTES:
+                await self._send_encrypted()
+
+    async def _send_encrypted(self) -> None:
+        self._encrypted_bytes = 0
+        if ciphertext := self._engine.take():
+            await self._transport.send_all(ciphertext)
+
+    async def send_all(self, data: Buffer) -> None:
+        await self.send_buffers([data])
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._transport.wait_send_all_might_not_block()
+
+    async def _flush(self) -> None:
+        async with self._send_lock:
+            await self._send_encrypted()
+
+    async def aclose(self) -> None:
+        try:
+            with trio.move_on_after(CLOSE_TIMEOUT_S):
+                self._engine.shutdown()
+                await self._flush()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+            pass
+        finally:
+            await trio.aclose_forcefully(self._transport)
+
+
+class TubTLS:
+    """The TLS contexts of one tub, made once."""
+
+    def __init__(self, identity: TubIdentity) -> None:
+        self._identity = identity
+        self._client: ssl.SSLContext | None = None
+        self._server: SSL.Context | None = None
+
+    async def dial(self, transport: trio.abc.Stream) -> TLSStream:
+        """The handshake as TLS client. Raises BrokenResourceError; the transport is the caller's to close then."""
+        if self._client is None:
+            self._client = _client_context(self._identity)
+        return await _shake_hands(transport, _ClientEngine(self._client))
+
+    async def accept(self, transport: trio.abc.Stream) -> TLSStream:
+        """The handshake as TLS server. Raises BrokenResourceError; the transport is the caller's to close then."""
+        if self._server is None:
+            self._server = _server_context(self._identity)
+        return await _shake_hands(transport, _ServerEngine(self._server))
+
+
+async def _shake_hands(transport: trio.abc.Stream, engine: _Engine) -> TLSStream:
+    stream = TLSStream(transport, engine)
+    await stream.do_handshake()
+    return stream
+
+
+# --- dialling: the standard library
+
+
+def _client_context(identity: TubIdentity) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    # Old tubs have short keys. It is the hash of the certificate that says who they are, nothing in it.
+    context.set_ciphers("DEFAULT:@SECLEVEL=1")
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    # The standard library loads keys from named files only: this one has no place on any disk.
+    descriptor = os.memfd_create("tub", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, identity.certificate_pem + identity.private_key_pem)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+    return context
+
+
+class _ClientEngine:
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=False)
+
+    def handshake(self) -> bool:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        except (ssl.SSLError, ValueError) as error:
+            raise trio.BrokenResourceError("TLS handshake failed") from error
+        return True
+
+    def put(self, ciphertext: bytes) -> None:
+        self._incoming.write(ciphertext)
+
+    def take(self) -> bytes:
+        return self._outgoing.read()
+
+    def read(self) -> bytes | None:
+        try:
+            return self._tls.read(RECORD_BYTES)
+        except ssl.SSLWantReadError:
+            return None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError("TLS failed") from error
+
+    def write(self, plaintext: memoryview) -> int:
+        try:
+            return self._tls.write(plaintext)
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError("TLS failed") from error
+
+    def shutdown(self) -> None:
+        try:
+            self._tls.unwrap()
+        except (ssl.SSLError, ValueError):
+            return  # the goodbye is queued, or cannot be said any more
+
+    def peer_certificate_der(self) -> bytes | None:
+        try:
+            return self._tls.getpeercert(binary_form=True)
+        except ValueError:
+            return None
+
+
+# --- accepting: pyOpenSSL
+
+
+def _server_context(identity: TubIdentity) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(b"DEFAULT:@SECLEVEL=1")
+    context.set_options(SSL.OP_NO_RENEGOTIATION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    certificate = crypto.load_certificate(crypto.FILETYPE_PEM, identity.certificate_pem)
+    key = crypto.load_privatekey(crypto.FILETYPE_PEM, identity.private_key_pem)
+    context.use_certificate(certificate.to_cryptography())
+    context.use_privatekey(key.to_cryptography_key())  # type: ignore[arg-type]
+    context.set_verify(SSL.VERIFY_PEER, _accept_any)
+    return context
+
+
+def _accept_any(connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, ok: int) -> bool:
+    return True
+
+
+class _ServerEngine:
+    def __init__(self, context: SSL.Context) -> None:
+        self._tls = SSL.Connection(context, None)
+        self._tls.set_accept_state()
+
+    def handshake(self) -> bool:
+        try:
+            self._tls.do_handshake()
+        except SSL.WantReadError:
+            return False
+        except SSL.Error as error:
+            raise trio.BrokenResourceError("TLS handshake failed") from error
+        return True
+
+    def put(self, ciphertext: bytes) -> None:
+        view = memoryview(ciphertext)
+        while view:
+            view = view[self._tls.bio_write(bytes(view)) :]
+
+    def take(self) -> bytes:
+        pieces = []
+        while True:
+            try:
+                pieces.append(self._tls.bio_read(SEND_BYTES + RECORD_BYTES))
+            except SSL.WantReadError:
+                return b"".join(pieces)
+
+    def read(self) -> bytes | None:
+        try:
+            return self._tls.recv(RECORD_BYTES)
+        except SSL.WantReadError:
+            return None
+        except (SSL.ZeroReturnError, SSL.SysCallError):
+            return b""
+        except SSL.Error as error:
+            raise trio.BrokenResourceError("TLS failed") from error
+
+    def write(self, plaintext: memoryview) -> int:
+        try:
+            return self._tls.send(plaintext)
+        except SSL.Error as error:
+            raise trio.BrokenResourceError("TLS failed") from error
+
+    def shutdown(self) -> None:
+        try:
+            self._tls.shutdown()
+        except SSL.Error:
+            return  # the goodbye is queued, or cannot be said any more
+
+    def peer_certificate_der(self) -> bytes | None:
+        certificate = self._tls.get_peer_certificate()
+        return crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) if certificate is not None else None

@@ -1,0 +1,212 @@
+"""Foolscap's banana tokens: bytes in, tokens out, and back. Does no I/O.
+
+    token  = header (base 128, least digit first, each byte < 0x80)  type (one byte >= 0x80)  [body]
+
+`header` is an INT's value, the length in bytes of a STRING's body, the index of a VOCAB word, or the number
+of an OPEN or CLOSE. Long bodies are collected piece by piece as they arrive and joined once.
+Source: the banana of foolscap 24.9, version 3, as spoken by Tahoe-LAFS 1.20. Limits marked "ours" are in no
+specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Any, Final
+
+from grid.errors import RemoteProtocolError
+
+INT: Final = 0x81
+STRING: Final = 0x82
+NEG: Final = 0x83
+FLOAT: Final = 0x84
+LONGINT: Final = 0x85
+LONGNEG: Final = 0x86
+VOCAB: Final = 0x87
+OPEN: Final = 0x88
+CLOSE: Final = 0x89
+ABORT: Final = 0x8A
+ERROR: Final = 0x8D
+PING: Final = 0x8E
+PONG: Final = 0x8F
+
+HEADER_BYTES_MAX: Final = 64
+FLOAT_BYTES: Final = 8
+ERROR_BYTES_MAX: Final = 1000
+LONGINT_BYTES_MAX: Final = 1024
+STRING_BYTES_MAX: Final = 32 << 20  # ours: a peer must not choose how much memory we use
+INT_MAX: Final = (1 << 31) - 1  # larger ones are sent as LONGINT
+
+# The word tables both sides know from the start; peers agree on an index, and on the hash of its words.
+VOCABULARIES: Final[tuple[tuple[bytes, ...], ...]] = (
+    (),
+    (
+        *(b"none", b"boolean", b"reference", b"dict", b"list", b"tuple", b"set", b"immutable-set", b"unicode"),
+        *(b"set-vocab", b"add-vocab", b"call", b"arguments", b"answer", b"error"),
+        *(b"my-reference", b"your-reference", b"their-reference", b"copyable", b"instance"),
+        *(b"module", b"class", b"method", b"function", b"attrdict"),
+    ),
+)
+
+_BODY_BYTES_MAX: Final = {
+    STRING: STRING_BYTES_MAX,
+    LONGINT: LONGINT_BYTES_MAX,
+    LONGNEG: LONGINT_BYTES_MAX,
+    ERROR: ERROR_BYTES_MAX,
+}
+_BARE_KINDS: Final = frozenset((INT, NEG, OPEN, CLOSE, ABORT, PING, PONG))
+
+Token = tuple[int, Any]  # (kind, its number or body); VOCAB comes out as STRING, LONGNEG as LONGINT
+
+
+def vocabulary_hash(index: int) -> str:
+    """The first four hex digits of the SHA-1 of a word table, as told in the decision block."""
+    return hashlib.sha1(b"\0".join(VOCABULARIES[index]), usedforsecurity=False).hexdigest()[:4]
+
+
+class TokenReader:
+    """Give it bytes with receive_data(), then take tokens with next_token() until that returns None.
+
+    Raises RemoteProtocolError and nothing else; the connection is of no use after it.
+    """
+
+    def __init__(self, vocabulary: Sequence[bytes] = ()) -> None:
+        self.vocabulary = vocabulary
+        self._data = b""  # not yet parsed; never more than one header beyond what was last given
+        self._position = 0
+        self._body: list[bytes] = []  # pieces of a body that did not arrive whole
+        self._body_kind = 0  # of which type, or 0 when no body is under way
+        self._body_missing = 0  # bytes
+
+    def receive_data(self, data: bytes) -> None:
+        if self._body_missing:
+            # A long body: keep the pieces as they come, so that no byte is looked at twice.
+            if len(data) <= self._body_missing:
+                self._body.append(data)
+                self._body_missing -= len(data)
+                return
+            self._body.append(data[: self._body_missing])
+            self._data, self._position = data, self._body_missing
+            self._body_missing = 0
+        elif self._position < len(self._data):
+            self._data, self._position = self._data[self._position :] + data, 0
+        else:
+            self._data, self._position = data, 0
+
+    def next_token(self) -> Token | None:
+        if self._body_kind:
+            if self._body_missing:
+                return None
+            kind, body = self._body_kind, b"".join(self._body)
+            self._body_kind, self._body = 0, []
+            return _token_of_body(kind, body)
+        data, position = self._data, self._position
+        end = len(data)
+        if position >= end:
+            return None
+        # Nearly every header is none or one byte long.
+        kind = data[position]
+        header = 0
+        if kind < 0x80:
+            position += 1
+            if position >= end:
+                return None
+            header, kind = kind, data[position]
+            if kind < 0x80:
+                header, position = self._long_header(data, end)
+                if position < 0:
+                    return None
+                kind = data[position]
+        position += 1
+        if kind in _BARE_KINDS:
+            self._position = position
+            return kind, (-header if kind == NEG else header)
+        if kind == VOCAB:
+            self._position = position
+            if header >= len(self.vocabulary):
+                raise RemoteProtocolError("unknown word in VOCAB token")
+            return STRING, self.vocabulary[header]
+        return self._take_body(kind, header, position, end)
+
+    def _long_header(self, data: bytes, end: int) -> tuple[int, int]:
+        """(value, position of the type byte); the position is -1 while that has not arrived."""
+        start = position = self._position
+        limit = min(end, start + HEADER_BYTES_MAX + 1)
+        while position < limit and data[position] < 0x80:
+            position += 1
+        if position - start > HEADER_BYTES_MAX:
+            raise RemoteProtocolError(f"token prefix is limited to {HEADER_BYTES_MAX} bytes")
+        if position >= end:
+            return 0, -1
+        header = 0
+        for place in range(position - start):
+            header |= data[start + place] << 7 * place
+        return header, position
+
+    def _take_body(self, kind: int, header: int, position: int, end: int) -> Token | None:
+        length = header
+        if kind == FLOAT:
+            length = FLOAT_BYTES
+        elif kind not in _BODY_BYTES_MAX:
+            raise RemoteProtocolError(f"unknown token type {kind:#x}")
+        elif length > _BODY_BYTES_MAX[kind]:
+            raise RemoteProtocolError(f"token of type {kind:#x} is too large: {length}>{_BODY_BYTES_MAX[kind]}")
+        stop = position + length
+        if stop <= end:
+            self._position = stop
+            return _token_of_body(kind, self._data[position:stop])
+        self._body_kind, self._body_missing = kind, stop - end
+        self._body = [self._data[position:]]
+        self._data, self._position = b"", 0
+        return None
+
+
+def _token_of_body(kind: int, body: bytes) -> Token:
+    if kind in (STRING, ERROR):
+        return kind, body
+    if kind == FLOAT:
+        return FLOAT, struct.unpack(">d", body)[0]
+    magnitude = int.from_bytes(body, "big")
+    return LONGINT, (magnitude if kind == LONGINT else -magnitude)
+
+
+_SHORT_HEADERS: Final = tuple(bytes((number,)) for number in range(0x80))
+
+
+def header(number: int) -> bytes:
+    """The header bytes of a non-negative number; zero is one zero byte."""
+    if number < 0x80:
+        return _SHORT_HEADERS[number]
+    digits = bytearray()
+    while number:
+        digits.append(number & 0x7F)
+        number >>= 7
+    return bytes(digits)
+
+
+def integer_token(value: int) -> bytes:
+    if 0 <= value <= INT_MAX:
+        return header(value) + b"\x81"
+    if -INT_MAX - 1 <= value < 0:
+        return header(-value) + b"\x83"
+    kind, magnitude = (b"\x85", value) if value > 0 else (b"\x86", -value)
+    body = magnitude.to_bytes((magnitude.bit_length() + 7) // 8, "big")
+    if len(body) > LONGINT_BYTES_MAX:
+        raise ValueError(f"integers over {LONGINT_BYTES_MAX} bytes cannot be sent")
+    return header(len(body)) + kind + body
+
+
+def float_token(value: float) -> bytes:
+    return b"\x84" + struct.pack(">d", value)
+
+
+def error_token(text: str) -> bytes:
+    """What is sent just before we drop a connection for a protocol error."""
+    body = text.encode("utf-8", "replace")[:ERROR_BYTES_MAX]
+    return header(len(body)) + b"\x8d" + body
+
+
+def ping_token(kind: int, number: int) -> bytes:
+    """PING or PONG: unlike elsewhere, the number zero has no header byte."""
+    return (header(number) if number else b"") + bytes((kind,))

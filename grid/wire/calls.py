@@ -1,0 +1,405 @@
+"""One connection after negotiation: calls, answers and the tables of references. Does no I/O.
+
+    call    reqid  target clid  method name  arguments      reqid 0: no answer wanted
+    answer  reqid  value
+    error   reqid  failure
+
+Bytes received come in by receive_data(), which returns what happened, in order; bytes to send gather in a
+first-in first-out list that data_to_send() empties. What the connection's own object is asked
+(getReferenceByName, decref) and PINGs are answered in here.
+Source: foolscap 24.9's broker, as Tahoe-LAFS 1.20 uses it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from attrs import define, frozen
+
+from grid.errors import PeerError, RemoteFailure, RemoteProtocolError, Violation
+from grid.wire.banana import (
+    ERROR,
+    INT_MAX,
+    PING,
+    PONG,
+    VOCABULARIES,
+    TokenReader,
+    error_token,
+    ping_token,
+)
+from grid.wire.failures import FAILURE_TYPE, attributes_of
+from grid.wire.references import Referenceable, Releases, RemoteHandle
+from grid.wire.remote_interfaces import INTERFACES, RIBroker
+from grid.wire.schemas import ANY, RemoteInterface, Schema
+from grid.wire.slicers import Buffer, MessageWriter
+from grid.wire.unslicers import Arguments, Message, MessageReader, SpoiledMessage
+
+log = logging.getLogger(__name__)
+
+THEIR_OBJECTS_MAX: Final = 100_000  # ours: references held from one peer
+OUR_OBJECTS_MAX: Final = 100_000  # ours: objects a peer may keep alive
+RELEASES_BATCH: Final = 32  # clids released before we tell the peer without being asked to
+
+BROKER_CLID: Final = 0
+FATAL_TEXT: Final = "exception while processing data, more information in the logfiles"
+
+
+@frozen
+class InboundCall:
+    """A peer calls one of our objects; give the result to send_answer() or send_error(), unless reqid is 0."""
+
+    reqid: int
+    target: Referenceable
+    method: str
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]  # only for objects without an interface
+
+
+@frozen
+class Answered:
+    reqid: int
+    value: Any
+
+
+@frozen
+class Failed:
+    """A call of ours failed: the peer said so, or its answer was not acceptable."""
+
+    reqid: int
+    error: PeerError
+
+
+Event = InboundCall | Answered | Failed
+
+
+class Names(Protocol):
+    """What the tub knows of its objects."""
+
+    def object_by_name(self, name: str) -> Referenceable | None: ...
+
+    def furl_of(self, target: Referenceable) -> str | None:
+        """None when this tub has no location. Mints a name for an object that has none."""
+
+
+@define
+class _Ours:
+    target: Referenceable
+    clid: int
+    sent: int = 0  # times sent, less what the peer gave back
+
+
+@define
+class _Theirs:
+    interface_name: str
+    arrivals: int = 0  # my-references received and not given back
+    releasing: int = 0  # of the arrivals, those given back in a call not answered yet
+    handles: int = 0  # handles on it not released yet
+
+
+class Broker:
+    """Raises RemoteProtocolError from receive_data(), once: the ERROR token to send is then queued already."""
+
+    def __init__(
+        self,
+        *,
+        vocabulary_index: int,
+        peer_tub_id: str,
+        names: Names,
+        make_handle: Callable[[int, str, Releases], RemoteHandle] = RemoteHandle,
+    ) -> None:
+        self._peer_tub_id = peer_tub_id
+        self._names = names
+        self._make_handle = make_handle
+        vocabulary = VOCABULARIES[vocabulary_index]
+        self._tokens = TokenReader(vocabulary)
+        self._reader = MessageReader(self)
+        self._writer = MessageWriter(vocabulary, self._slice_own, self._slice_handle)
+        self._outgoing: list[Buffer] = []
+        self.outgoing_bytes = 0  # queued
+        self.reply_bytes = 0  # of those: answers, errors and PONGs, which the peer makes us send
+        self._ours: dict[int, _Ours] = {}
+        self._our_clids: dict[int, int] = {}  # id(object) -> clid; the object is kept alive by _ours
+        self._next_clid = 1
+        self._just_sliced: list[_Ours] = []
+        self._theirs: dict[int, _Theirs] = {}
+        self._releases: deque[int] = deque()
+        self._waiting: dict[int, tuple[Schema, int, int]] = {}  # reqid -> (schema, clid and count being released)
+        self._next_reqid = 1
+        self._executing: set[int] = set()
+
+    # --- receiving
+
+    def receive_data(self, data: bytes) -> list[Event]:
+        events: list[Event] = []
+        tokens, reader = self._tokens, self._reader
+        tokens.receive_data(data)
+        try:
+            while (token := tokens.next_token()) is not None:
+                kind, number = token
+                if kind == PING:
+                    self._queue([ping_token(PONG, number)], is_reply=True)
+                elif kind == ERROR:
+                    raise _PeerReportedError(f"peer reported: {_printable(number)}")
+                elif kind != PONG and (message := reader.feed(token)) is not None:
+                    self._dispatch(message, events)
+        except _PeerReportedError:
+            raise
+        except RemoteProtocolError as error:
+            self._queue([error_token(str(error))])
+            raise
+        return events
+
+    def _dispatch(self, message: Message | SpoiledMessage, events: list[Event]) -> None:
+        if isinstance(message, SpoiledMessage):
+            if message.opentype != b"call":
+                self._finish_call(message.reqid, Violation(message.reason), events)
+            elif not message.aborted:
+                self._begin_executing(message.reqid)
+                self.send_error(message.reqid, Violation(message.reason))
+        elif message.opentype == b"call":
+            reqid, clid, method, arguments = message.items
+            self._dispatch_call(reqid, clid, method, arguments, events)
+        else:
+            reqid, result = message.items
+            self._finish_call(reqid, result, events)
+
+    def _finish_call(self, reqid: int, result: Any, events: list[Event]) -> None:
+        waiting = self._waiting.pop(reqid, None)
+        if waiting is None:
+            return  # answered twice, or never asked
+        schema, released_clid, released_count = waiting
+        if released_count:
+            self._forget_theirs(released_clid, released_count)
+            return
+        if not isinstance(result, PeerError):
+            try:
+                schema.check(result, "result")
+            except Violation as violation:
+                result = violation
+        events.append(Failed(reqid, result) if isinstance(result, PeerError) else Answered(reqid, result))
+
+    def _begin_executing(self, reqid: int) -> None:
+        if reqid:
+            if reqid in self._executing:
+                raise RemoteProtocolError("request ID is already in use")
+            self._executing.add(reqid)
+
+    def _dispatch_call(self, reqid: int, clid: int, method: bytes, arguments: Arguments, events: list[Event]) -> None:
+        self._begin_executing(reqid)
+        name = method.decode("utf-8", "replace")
+        try:
+            if clid == BROKER_CLID:
+                bound = RIBroker.methods[name].bind(arguments.positional, arguments.keywords)
+                self.send_answer(reqid, getattr(self, f"_remote_{name}")(*bound))
+                return
+            target = self._our_target(clid)
+            interface = target.remote_interface
+            if interface is None:
+                events.append(InboundCall(reqid, target, name, tuple(arguments.positional), arguments.keywords))
+            else:
+                bound = interface.methods[name].bind(arguments.positional, arguments.keywords)
+                events.append(InboundCall(reqid, target, name, bound, {}))
+        except (Violation, RemoteFailure) as error:
+            self.send_error(reqid, error)
+
+    def _our_target(self, clid: int) -> Referenceable:
+        ours = self._ours.get(clid)
+        if ours is None:
+            raise Violation("no such object")
+        return ours.target
+
+    # --- what a peer may ask of the connection itself
+
+    def _remote_getReferenceByName(self, name: bytes) -> Referenceable:
+        text = name.decode("utf-8", "replace")
+        target = self._names.object_by_name(text)
+        if target is None:
+            # Only the beginning of the name: the rest may be somebody's secret.
+            raise RemoteFailure("builtins.KeyError", f"unable to find reference for name starting with {text[:2]!r}")
+        return target
+
+    def _remote_decref(self, clid: int, count: int) -> None:
+        ours = self._ours.get(clid)
+        if ours is None or not 0 < count <= ours.sent:
+            raise Violation("decref of what was not sent")
+        ours.sent -= count
+        self._retire(ours)
+
+    def _remote_decgift(self, gift: int, count: int) -> None:
+        raise Violation("no gifts are given by this Tub")
+
+    # --- sending
+
+    def send_call(
+        self,
+        clid: int,
+        interface_name: str,
+        method: str,
+        args: Sequence[object],
+        keywords: Mapping[str, object] | None = None,
+    ) -> int:
+        """Queue a call and return its request id. Raises Violation if it cannot be encoded; nothing is queued then."""
+        if len(self._releases) >= RELEASES_BATCH:
+            self.flush_releases()
+        interface = RIBroker if clid == BROKER_CLID else INTERFACES.get(interface_name)
+        return self._call(clid, method, args, keywords, _result_schema(interface, method), (0, 0))
+
+    def _call(
+        self,
+        clid: int,
+        method: str,
+        args: Sequence[object],
+        keywords: Mapping[str, object] | None,
+        schema: Schema,
+        releasing: tuple[int, int],
+    ) -> int:
+        reqid = self._free_reqid()
+        self._encode(lambda: self._writer.call(reqid, clid, method, args, keywords))
+        self._waiting[reqid] = (schema, *releasing)
+        return reqid
+
+    def _free_reqid(self) -> int:
+        # A connection can live for months, and request ids must stay below 2**31.
+        while True:
+            reqid = self._next_reqid
+            self._next_reqid = reqid + 1 if reqid < INT_MAX else 1
+            if reqid not in self._waiting:
+                return reqid
+
+    def send_answer(self, reqid: int, value: object) -> None:
+        """Answer an inbound call; a value that cannot be sent becomes an error at the caller."""
+        if not reqid:
+            return
+        self._executing.discard(reqid)
+        try:
+            self._encode(lambda: self._writer.answer(reqid, value), is_reply=True)
+        except Violation as violation:
+            self.send_error(reqid, violation)
+
+    def send_error(self, reqid: int, error: Exception) -> None:
+        if not reqid:
+            return
+        self._executing.discard(reqid)
+        self._encode(lambda: self._writer.error(reqid, FAILURE_TYPE, attributes_of(error)), is_reply=True)
+
+    def send_ping(self) -> None:
+        self._queue([ping_token(PING, 0)])
+
+    def data_to_send(self) -> list[Buffer]:
+        """Everything queued, in order; the queue is empty after."""
+        outgoing, self._outgoing, self.outgoing_bytes, self.reply_bytes = self._outgoing, [], 0, 0
+        return outgoing
+
+    def _encode(self, write: Callable[[], list[Buffer]], is_reply: bool = False) -> None:
+        self._just_sliced = []
+        try:
+            buffers = write()
+        except Violation:
+            for ours in self._just_sliced:
+                ours.sent -= 1
+                self._retire(ours)
+            raise
+        self._queue(buffers, is_reply)
+
+    def _queue(self, buffers: list[Buffer], is_reply: bool = False) -> None:
+        size = sum(map(len, buffers))
+        self._outgoing += buffers
+        self.outgoing_bytes += size
+        if is_reply:
+            self.reply_bytes += size
+
+    # --- references
+
+    def _slice_own(self, target: Referenceable) -> tuple[int, bytes | None, bytes | None]:
+        clid = self._our_clids.get(id(target))
+        if clid is not None:
+            ours = self._ours[clid]
+            ours.sent += 1
+            self._just_sliced.append(ours)
+            return clid, None, None
+        if len(self._ours) >= OUR_OBJECTS_MAX:
+            raise Violation("the peer holds too many of our objects")
+        furl = self._names.furl_of(target)
+        ours = _Ours(target, self._next_clid, 1)
+        self._next_clid += 1
+        self._ours[ours.clid] = ours
+        self._our_clids[id(target)] = ours.clid
+        self._just_sliced.append(ours)
+        interface = target.remote_interface
+        return ours.clid, interface.name.encode() if interface else b"", furl.encode() if furl else None
+
+    def _retire(self, ours: _Ours) -> None:
+        if ours.sent <= 0 and ours.clid in self._ours:
+            del self._ours[ours.clid], self._our_clids[id(ours.target)]
+
+    def _slice_handle(self, handle: RemoteHandle) -> int:
+        if not handle.belongs_to(self._releases):
+            raise Violation("a reference of another connection cannot be sent")
+        if handle.clid < 0:
+            raise Violation("a bound method cannot be sent home")
+        return handle.clid
+
+    def their_object(self, clid: int, interface_name: bytes | None, furl: bytes | None) -> RemoteHandle:
+        if furl is not None and not furl.startswith(b"pb://" + self._peer_tub_id.encode()):
+            raise RemoteProtocolError("reference with a FURL of another Tub")
+        theirs = self._theirs.get(clid)
+        if theirs is None:
+            if len(self._theirs) >= THEIR_OBJECTS_MAX:
+                raise RemoteProtocolError("too many references")
+            theirs = self._theirs[clid] = _Theirs((interface_name or b"").decode("utf-8", "replace"))
+        theirs.arrivals += 1
+        theirs.handles += 1
+        return self._make_handle(clid, theirs.interface_name, self._releases)
+
+    def my_object(self, clid: int) -> Referenceable:
+        ours = self._ours.get(clid)
+        if ours is None:
+            raise RemoteProtocolError("your-reference to an unknown object")
+        return ours.target
+
+    def check_call(self, clid: int, method: bytes) -> None:
+        interface = RIBroker if clid == BROKER_CLID else self._our_target(clid).remote_interface
+        if interface is not None and method.decode("utf-8", "replace") not in interface.methods:
+            raise Violation(f"method not defined in {interface.name}")
+
+    @property
+    def releases_waiting(self) -> int:
+        return len(self._releases)
+
+    def flush_releases(self) -> None:
+        """Tell the peer which of its objects nobody here holds any more."""
+        while self._releases:
+            clid = self._releases.popleft()
+            theirs = self._theirs.get(clid)
+            if theirs is None:
+                continue
+            theirs.handles -= 1
+            count = theirs.arrivals - theirs.releasing
+            if theirs.handles == 0 and count:
+                theirs.releasing += count
+                self._call(BROKER_CLID, "decref", (), {"clid": clid, "count": count}, ANY, (clid, count))
+
+    def _forget_theirs(self, clid: int, count: int) -> None:
+        # Only now: until the peer has answered, the object may arrive again under the same clid, without its
+        # interface name.
+        theirs = self._theirs[clid]
+        theirs.arrivals -= count
+        theirs.releasing -= count
+        if theirs.arrivals <= 0:
+            del self._theirs[clid]
+
+
+class _PeerReportedError(RemoteProtocolError):
+    """The peer sent an ERROR token: it is closing, and wants no answer."""
+
+
+def _result_schema(interface: RemoteInterface | None, method: str) -> Schema:
+    declared = interface.methods.get(method) if interface is not None else None
+    return declared.result if declared is not None else ANY
+
+
+def _printable(text: bytes) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace"))

@@ -1,0 +1,168 @@
+"""Every remote interface, declared once: storage, introducer, helper, and the connection's own object.
+
+Callers and servers are both driven from here: what a method's arguments are called, in which order they go,
+what is accepted, and what the answer must look like.
+Source: Tahoe-LAFS 1.20's remote interfaces; where schema and implementation of the original disagree on names
+(slot_testv_and_readv_and_writev, upload_chk), positional arguments are the only form that works, so we send
+no other.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from grid.wire.schemas import (
+    ANY,
+    BOOL,
+    INT,
+    NONE,
+    OFFSET,
+    Bytes,
+    DictOf,
+    ListOf,
+    OneOf,
+    Reference,
+    RemoteInterface,
+    SetOf,
+    TupleOf,
+    method,
+)
+
+SHARES_MAX: Final = 256  # per storage index
+
+_BYTES = Bytes()
+_STORAGE_INDEX = Bytes(most=16)
+_SECRET = Bytes(exactly=32)
+_VERSION = DictOf(_BYTES, ANY)
+
+RIBroker: Final = RemoteInterface(
+    "RIBroker",
+    {
+        "getReferenceByName": method(ANY, name=_BYTES),
+        "decref": method(NONE, clid=INT, count=INT),
+        "decgift": method(NONE, giftID=INT, count=INT),
+    },
+)
+
+RIBucketWriter: Final = RemoteInterface(
+    "RIBucketWriter",
+    {
+        "write": method(NONE, offset=OFFSET, data=_BYTES),
+        "close": method(NONE),
+        "abort": method(NONE),
+    },
+)
+
+RIBucketReader: Final = RemoteInterface(
+    "RIBucketReader",
+    {
+        "read": method(_BYTES, offset=OFFSET, length=INT),
+        "advise_corrupt_share": method(NONE, reason=_BYTES),
+    },
+)
+
+_TEST_VECTOR = ListOf(TupleOf((OFFSET, INT, _BYTES, _BYTES)))
+_DATA_VECTOR = ListOf(TupleOf((OFFSET, _BYTES)))
+_READ_VECTOR = ListOf(TupleOf((OFFSET, INT)))
+_READ_DATA = DictOf(INT, ListOf(_BYTES))
+
+RIStorageServer: Final = RemoteInterface(
+    "RIStorageServer.tahoe.allmydata.com",
+    {
+        "get_version": method(_VERSION),
+        "allocate_buckets": method(
+            TupleOf((SetOf(INT, SHARES_MAX), DictOf(INT, Reference("RIBucketWriter"), SHARES_MAX))),
+            storage_index=_STORAGE_INDEX,
+            renew_secret=_SECRET,
+            cancel_secret=_SECRET,
+            sharenums=SetOf(INT, SHARES_MAX),
+            allocated_size=OFFSET,
+            canary=Reference(),
+        ),
+        "add_lease": method(ANY, storage_index=_STORAGE_INDEX, renew_secret=_SECRET, cancel_secret=_SECRET),
+        "get_buckets": method(DictOf(INT, Reference("RIBucketReader"), SHARES_MAX), storage_index=_STORAGE_INDEX),
+        "slot_readv": method(_READ_DATA, storage_index=_STORAGE_INDEX, shares=ListOf(INT), readv=_READ_VECTOR),
+        "slot_testv_and_readv_and_writev": method(
+            TupleOf((BOOL, _READ_DATA)),
+            storage_index=_STORAGE_INDEX,
+            secrets=TupleOf((_SECRET, _SECRET, _SECRET)),
+            tw_vectors=DictOf(INT, TupleOf((_TEST_VECTOR, _DATA_VECTOR, OneOf((NONE, OFFSET))))),
+            r_vector=_READ_VECTOR,
+        ),
+        "advise_corrupt_share": method(NONE, share_type=_BYTES, storage_index=_STORAGE_INDEX, shnum=INT, reason=_BYTES),
+    },
+)
+
+RIIntroducerSubscriberClient_v2: Final = RemoteInterface(
+    "RIIntroducerSubscriberClient_v2.tahoe.allmydata.com",
+    {"announce_v2": method(NONE, announcements=SetOf(ANY))},
+)
+
+RIIntroducerPublisherAndSubscriberService_v2: Final = RemoteInterface(
+    "RIIntroducerPublisherAndSubscriberService_v2.tahoe.allmydata.com",
+    {
+        "get_version": method(_VERSION),
+        "publish_v2": method(NONE, announcement=ANY, canary=Reference()),
+        "subscribe_v2": method(
+            NONE,
+            subscriber=Reference(RIIntroducerSubscriberClient_v2.name),
+            service_name=_BYTES,
+            subscriber_info=DictOf(_BYTES, ANY),
+        ),
+    },
+)
+
+RIEncryptedUploadable: Final = RemoteInterface(
+    "RIEncryptedUploadable.tahoe.allmydata.com",
+    {
+        "get_size": method(OFFSET),
+        "get_all_encoding_parameters": method(TupleOf((INT, INT, INT, INT))),
+        "read_encrypted": method(ListOf(_BYTES), offset=OFFSET, length=INT),
+        "close": method(NONE),
+    },
+)
+
+RIUploadHelper: Final = RemoteInterface(
+    "RIUploadHelper.tahoe.allmydata.com",
+    {
+        "get_version": method(_VERSION),
+        "upload": method(ANY, reader=Reference(RIEncryptedUploadable.name)),
+    },
+)
+
+RIHelper: Final = RemoteInterface(
+    "RIHelper.tahoe.allmydata.com",
+    {
+        "get_version": method(_VERSION),
+        "upload_chk": method(
+            TupleOf((ANY, OneOf((NONE, Reference(RIUploadHelper.name))))),
+            si=_STORAGE_INDEX,
+        ),
+    },
+)
+
+RIStatsProvider: Final = RemoteInterface(
+    "RIStatsProvider.tahoe.allmydata.com",
+    {"get_stats": method(DictOf(_BYTES, DictOf(_BYTES, ANY)))},
+)
+
+RIStatsGatherer: Final = RemoteInterface(
+    "RIStatsGatherer.tahoe.allmydata.com",
+    {"provide": method(NONE, provider=Reference(RIStatsProvider.name), nickname=_BYTES)},
+)
+
+INTERFACES: Final = {
+    interface.name: interface
+    for interface in (
+        RIBucketWriter,
+        RIBucketReader,
+        RIStorageServer,
+        RIIntroducerSubscriberClient_v2,
+        RIIntroducerPublisherAndSubscriberService_v2,
+        RIEncryptedUploadable,
+        RIUploadHelper,
+        RIHelper,
+        RIStatsProvider,
+        RIStatsGatherer,
+    )
+}
