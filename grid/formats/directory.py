@@ -106,17 +106,18 @@ def unpack_directory(data: bytes | memoryview, *, mutable: bool, writekey: bytes
         raise FormatError(f"directory over {DIRECTORY_BYTES_MAX} bytes")
     if writekey is not None and not mutable:
         raise ValueError("an immutable directory has no writekey")
+    view = memoryview(data)
     entries: dict[str, DirEntry] = {}
     position = left_out = 0
-    while position < len(data):
+    while position < len(view):
         start = position
-        content, position = read_netstring(data, start)
+        content, position = read_netstring(view, start)
         name, ro, slot, metadata = _split_entry(content)
         cap = _child(ro, slot, mutable=mutable, writekey=writekey)
         if cap is None:
             left_out += 1
             continue
-        entry = DirEntry(name, cap, metadata, bytes(data[start:position]), writekey)
+        entry = DirEntry(name, cap, metadata, bytes(view[start:position]), writekey)
         entries[entry.name] = entry
     if left_out:
         log.info("left out %d children of a directory: their caps break the rules", left_out)
@@ -228,5 +229,8 @@ def _pack_entry(
         name_utf8 = name.encode("utf-8")
     except UnicodeEncodeError:
         raise FormatError("a child's name is not Unicode") from None
-    metadata = json.dumps(entry.metadata).encode("ascii")
+    try:
+        metadata = json.dumps(entry.metadata).encode("ascii")
+    except RecursionError:  # it was read where the stack had more room
+        raise FormatError("a child's metadata is nested too deeply") from None
     return netstring(netstring(name_utf8) + netstring(ro) + netstring(slot) + netstring(metadata))

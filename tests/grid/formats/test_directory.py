@@ -279,6 +279,15 @@ def test_name_that_is_not_unicode() -> None:
         pack_directory([DirEntry(b"\xff".decode("utf-8", "surrogateescape"), LiteralCap(b""), {})], writekey=WRITEKEY)
 
 
+def test_metadata_nested_too_deeply() -> None:
+    """It may have been read with more stack left than there is when it is to be written."""
+    metadata: dict[str, Any] = {}
+    for _ in range(100_000):
+        metadata = {"a": metadata}
+    with pytest.raises(FormatError):
+        pack_directory([DirEntry("n", LiteralCap(b""), metadata)], writekey=WRITEKEY)
+
+
 def test_entry_of_another_directory_is_encrypted_anew() -> None:
     """Its bytes are under that directory's writekey: copied, they would be garbage here."""
     cap = MDMFWriteCap(b"w" * 16, b"f" * 32)
