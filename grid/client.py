@@ -1,0 +1,128 @@
+"""One joined grid: the servers, the secrets and the nodes behind it. What the mount and the commands work with.
+
+    async with join_grid(NodeDirectory.open(path)) as client:
+        await client.broker.wait_for_servers(count, timeout_s)
+        node = client.create_node_from_uri(cap)
+
+Joining needs no network and never fails for want of one: servers appear when they can be reached, and
+come back by themselves. Literal files need no server at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+from grid.errors import GridUnreachableError
+from grid.formats.caps import Cap
+from grid.formats.segments import MAX_SEGMENT_BYTES
+from grid.interfaces import IStorageServer, IUploadable, LeaseSecrets, SlotSecrets
+from grid.node_directory import NodeDirectory
+from grid.nodes.dirnode import DirectoryNode
+from grid.nodes.nodemaker import MutableFormat, NodeMaker
+from grid.operations.keys import KeyPool
+from grid.operations.leases import Secrets
+from grid.operations.upload import Uploader, UploadResults
+from grid.peers.broker import StorageBroker
+
+SERVERS_TIMEOUT_S: Final = 30.0
+
+
+class GridClient:
+    """IClient. Made by `join_grid`, and of no use once that has ended."""
+
+    def __init__(self, node: NodeDirectory, broker: StorageBroker, keys: KeyPool) -> None:
+        self.node = node
+        self.broker = broker
+        self._secrets = Secrets(node.lease_secret)
+        self._uploader = Uploader(broker, self._secrets, self.encoding_parameters)
+        self.nodemaker = NodeMaker(
+            broker,
+            self._secrets,
+            self._uploader,
+            keys,
+            k=node.encoding.k,
+            n=node.encoding.n,
+            convergence=node.convergence,
+            # Files and directories in MDMF can be read, not made: a node set to MDMF still has to work, and every
+            # client reads both.
+            mutable_format="sdmf",
+        )
+
+    @property
+    def encoding_parameters(self) -> dict[str, int]:
+        """How new files are spread, as IUploadable.set_default_encoding_parameters() takes it."""
+        k, happy, n = self.node.encoding
+        return {"k": k, "happy": happy, "n": n, "max_segment_size": MAX_SEGMENT_BYTES}
+
+    def lease_secrets(self, storage_index: bytes, server: IStorageServer) -> LeaseSecrets:
+        return self._secrets.lease(storage_index, server.tub_id)
+
+    def slot_secrets(self, writekey: bytes, storage_index: bytes, server: IStorageServer) -> SlotSecrets:
+        return self._secrets.slot(writekey, storage_index, server.tub_id)
+
+    async def upload(self, uploadable: IUploadable) -> UploadResults:
+        """Store an immutable file. Raises NotEnoughServersError."""
+        return await self._uploader.upload(uploadable)
+
+    def create_node_from_uri(self, uri: str | Cap) -> Any:
+        """MutableFileNode, ImmutableFileNode, LiteralFileNode, DirectoryNode or UnknownNode. Never fails."""
+        return self.nodemaker.create_from_cap(uri)
+
+    async def create_mutable_file(self, contents: bytes = b"", format: MutableFormat | None = None) -> str:
+        """Make a mutable file and return its write cap. Raises NotEnoughServersError."""
+        return (await self.nodemaker.create_mutable_file(contents, format)).get_uri()
+
+    async def create_empty_dirnode(self, format: MutableFormat | None = None) -> DirectoryNode:
+        return await self.nodemaker.create_dirnode(format=format)
+
+    async def create_dirnode(
+        self, children: Mapping[str, tuple[Cap, dict[str, Any]]], format: MutableFormat | None = None
+    ) -> DirectoryNode:
+        """A new mutable directory with its children {name: (cap, metadata)}, published once."""
+        return await self.nodemaker.create_dirnode(children, format)
+
+    async def need_servers(self, count: int, timeout_s: float = SERVERS_TIMEOUT_S) -> None:
+        """Raise GridUnreachableError unless `count` servers are connected in time, saying what was found instead."""
+        connected = await self.broker.wait_for_servers(count, timeout_s)
+        if connected < count:
+            raise GridUnreachableError(f"{self._found(connected)}; {count} servers are needed")
+
+    def _found(self, connected: int) -> str:
+        introducers = self.broker.introducers
+        known = len(self.broker.get_known_servers())
+        if not introducers and not known:
+            return f"{self.node.path} names no introducer and no server"
+        reached = sum(introducer.connected_to_introducer() for introducer in introducers)
+        return f"{connected} of {known} known servers and {reached} of {len(introducers)} introducers answered"
+
+
+@asynccontextmanager
+async def join_grid(node: NodeDirectory) -> AsyncIterator[GridClient]:
+    """Join for as long as the context lasts. All background work is in here and ends with it."""
+    broker = StorageBroker(
+        introducers=node.introducers,
+        static_servers=node.static_servers,
+        keepalive_s=node.keepalive_s,
+        preferred=node.preferred,
+        grid_manager_keys=node.grid_manager_keys,
+        nickname=node.nickname,
+        cache_directory=node.path / "private",
+    )
+    keys = KeyPool()
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(broker.run)
+        await nursery.start(keys.run)
+        try:
+            yield GridClient(node, broker, keys)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001  raised again below: out of the nursery it would come in a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

@@ -1,0 +1,173 @@
+"""The storage broker: which servers are known and connected, and in which order to ask them for a file.
+
+The order is that of SHA1(storage index + permutation seed), preferred servers first: every client of a grid
+gets the same one, so a reader looks first where the writer put the shares. Servers that have stopped
+answering come last, as long as they do.
+
+Servers come from introducers (`grid/peers/introducer.py`) and from `servers.yaml`, whose entries count more.
+Source: Tahoe-LAFS 1.20's server selection.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from grid.errors import FormatError
+from grid.formats.announcement import Announcement, certificate_permits, from_mapping
+from grid.formats.furl import Furl
+from grid.formats.hashutil import permuted_key
+from grid.interfaces import IStorageServer
+from grid.peers.foolscap_storage import FoolscapStorageServer
+from grid.peers.introducer import IntroducerClient, cache_path
+from grid.peers.reconnect import Reconnector
+
+log = logging.getLogger(__name__)
+
+SERVERS_MAX: Final = 2000
+DIALS_AT_ONCE_MAX: Final = 64
+SETTLE_S: Final = 2.0  # so long nothing may change before "these are all there are" is believed
+_LOOK_AGAIN_S: Final = 0.5  # a slow dial settles by time alone
+
+
+class StorageBroker:
+    """IStorageBroker. `run()` finds servers and keeps them connected."""
+
+    def __init__(
+        self,
+        *,
+        introducers: Mapping[str, Furl],
+        static_servers: Mapping[str, Mapping[str, Any]],
+        keepalive_s: float,
+        preferred: tuple[str, ...] = (),
+        grid_manager_keys: tuple[bytes, ...] = (),
+        nickname: str = "",
+        cache_directory: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._preferred = frozenset(preferred)
+        self._grid_manager_keys = grid_manager_keys
+        self._keepalive_s = keepalive_s
+        self._clock = clock
+        self._servers: dict[str, FoolscapStorageServer] = {}
+        self._static_ids: frozenset[str] = frozenset()
+        self._running: dict[str, trio.CancelScope] = {}
+        self._nursery: trio.Nursery | None = None
+        self._reconnector = Reconnector()
+        self._dials = trio.CapacityLimiter(DIALS_AT_ONCE_MAX)
+        self._changed = trio.Event()
+        self.introducers = [
+            IntroducerClient(
+                petname,
+                furl,
+                announced=self.add_announcement,
+                changed=self._wake,
+                cache_path=cache_path(cache_directory, petname) if cache_directory else None,
+                nickname=nickname,
+                keepalive_s=keepalive_s,
+            )
+            for petname, furl in introducers.items()
+        ]
+        for server_id, mapping in static_servers.items():
+            try:
+                self.add_announcement(from_mapping(server_id, mapping))
+            except FormatError as error:
+                log.warning("servers.yaml: entry %s left out: %s", server_id[:11], error)
+        self._static_ids = frozenset(self._servers)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled: `await nursery.start(broker.run)`. Being offline is no error."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for server in self._servers.values():
+                    nursery.start_soon(self._run_server, server)
+                for introducer in self.introducers:
+                    nursery.start_soon(introducer.run, self._reconnector, self._dials)
+                task_status.started()
+                await trio.sleep_forever()  # a grid without any server is no reason to end
+        finally:
+            self._nursery = None
+
+    async def _run_server(self, server: FoolscapStorageServer) -> None:
+        with trio.CancelScope() as scope:
+            if self._servers.get(server.server_id) is server:  # not replaced before it could start
+                self._running[server.server_id] = scope
+                await server.run(self._reconnector, self._dials)
+
+    def add_announcement(self, announcement: Announcement) -> None:
+        """Take over a server that was announced, again or for the first time. Static servers stay as they are."""
+        server_id = announcement.server_id
+        if server_id in self._static_ids:
+            return
+        held = self._servers.get(server_id)
+        if held is not None and held.announcement.furl == announcement.furl:
+            held.announcement = announcement  # the place is the same: stay connected
+            return
+        if held is None and len(self._servers) >= SERVERS_MAX:
+            log.warning("more than %d storage servers: one left out", SERVERS_MAX)
+            return
+        try:
+            server = FoolscapStorageServer(announcement, keepalive_s=self._keepalive_s, changed=self._wake)
+        except FormatError as error:
+            log.warning("storage server %s left out: %s", server_id.removeprefix("v0-")[:8], error)
+            return
+        if scope := self._running.pop(server_id, None):
+            scope.cancel()  # it moved
+        self._servers[server_id] = server
+        if self._nursery is not None:
+            self._nursery.start_soon(self._run_server, server)
+        self._wake()
+
+    # --- IStorageBroker ---------------------------------------------------------------------------------------------
+
+    def get_permuted_servers(self, storage_index: bytes) -> list[IStorageServer]:
+        def rank(server: FoolscapStorageServer) -> tuple[bool, bool, bytes]:
+            return (
+                not server.responsive,
+                server.server_id not in self._preferred,
+                permuted_key(storage_index, server.permutation_seed),
+            )
+
+        connected = [server for server in self._servers.values() if server.connected]
+        connected.sort(key=rank)
+        return [*connected]
+
+    def get_known_servers(self) -> list[IStorageServer]:
+        return list(self._servers.values())
+
+    @property
+    def connected_count(self) -> int:
+        return sum(server.connected for server in self._servers.values())
+
+    def permits_upload(self, server: IStorageServer) -> bool:
+        held = self._servers.get(server.server_id)
+        certificates = held.announcement.grid_manager_certificates if held else ()
+        return certificate_permits(certificates, self._grid_manager_keys, server.server_id, self._clock())
+
+    async def wait_for_servers(self, count: int, timeout_s: float) -> int:
+        """Also returns, with fewer, once all introducers and servers known have answered or failed, for SETTLE_S."""
+        with trio.move_on_after(timeout_s):
+            while self.connected_count < count:
+                changed = self._changed
+                settled = self._settled
+                with trio.move_on_after(SETTLE_S if settled else _LOOK_AGAIN_S) as quiet:
+                    await changed.wait()
+                if settled and quiet.cancelled_caught:
+                    break
+        return self.connected_count
+
+    @property
+    def _settled(self) -> bool:
+        return all(introducer.settled for introducer in self.introducers) and all(
+            server.settled for server in self._servers.values()
+        )
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()

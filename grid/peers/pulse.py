@@ -1,0 +1,109 @@
+"""Whether a connected server still answers.
+
+TCP says nothing when a server hangs. So: when something was asked, and nothing at all was heard for
+`SUSPECT_AFTER_S`, the server is suspect, others are asked before it, and it is probed. Any answer clears
+the suspicion. A server silent for `DEAD_AFTER_S` loses its connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+
+from grid.errors import PeerError, PeerTimeoutError, RemoteFailure, Violation
+
+SUSPECT_AFTER_S: Final = 2.0
+SLOW_BYTES_PER_S: Final = 64 << 10  # what is on its way may take this long: a slow line is not a dead server
+DEAD_AFTER_S: Final = 180.0
+REFRESH_S: Final = 600.0  # an idle server is asked now and then, also for its free space
+_LATENCY_WEIGHT: Final = 0.2
+
+
+class Pulse:
+    """One connection's signs of life. `call()` goes around everything that is asked."""
+
+    def __init__(self) -> None:
+        self.latency_s: float | None = None  # moving average over the calls that carry little data
+        self._silent_since: float | None = None  # None: every question was answered
+        self._unanswered = 0
+        self._bytes_moving = 0  # to or from the server, in calls that were not answered yet
+        self._asked = trio.Event()
+
+    @property
+    def responsive(self) -> bool:
+        return self._silent_since is None or trio.current_time() < self._silent_since + self._patience_s
+
+    @property
+    def _patience_s(self) -> float:
+        return SUSPECT_AFTER_S + self._bytes_moving / SLOW_BYTES_PER_S
+
+    def asked(self, moved_bytes: int = 0) -> None:
+        self._unanswered += 1
+        self._bytes_moving += moved_bytes
+        if self._silent_since is None:
+            self._silent_since = trio.current_time()
+            self._asked.set()
+
+    def answered(self, moved_bytes: int = 0) -> None:
+        self.given_up(moved_bytes)
+        # there is life; if more is awaited, the clock starts anew
+        self._silent_since = trio.current_time() if self._unanswered else None
+
+    def given_up(self, moved_bytes: int = 0) -> None:
+        """Nobody waits for that answer any more. That says nothing about the server."""
+        self._unanswered -= 1
+        self._bytes_moving -= moved_bytes
+
+    @contextmanager
+    def call(self, moved_bytes: int = 0, *, light: bool = False) -> Iterator[None]:
+        """Around one call. An error that came from the peer is a sign of life as well.
+
+        `moved_bytes` are those in its arguments or its answer; `light` calls measure the latency.
+        """
+        started = trio.current_time()
+        heard = True
+        self.asked(moved_bytes)
+        try:
+            yield
+            if light:
+                took_s = trio.current_time() - started
+                before = took_s if self.latency_s is None else self.latency_s
+                self.latency_s = before + _LATENCY_WEIGHT * (took_s - before)
+        except BaseException as error:
+            heard = isinstance(error, RemoteFailure | Violation)
+            raise
+        finally:
+            if heard:
+                self.answered(moved_bytes)
+            else:
+                self.given_up(moved_bytes)
+
+    async def watch(self, probe: Callable[[], Awaitable[None]]) -> None:
+        """Run `probe` (a call that goes through `call()`) when in doubt, and every REFRESH_S when idle.
+
+        Raises PeerTimeoutError when the server has been silent for DEAD_AFTER_S.
+        """
+        while True:
+            if self._silent_since is None:
+                self._asked = trio.Event()
+                with trio.move_on_after(REFRESH_S) as idle:
+                    await self._asked.wait()
+                if idle.cancelled_caught:
+                    await self._probe(probe)
+                continue
+            await trio.sleep_until(self._silent_since + self._patience_s)
+            if not self.responsive:
+                await self._probe(probe)
+            if self._silent_since is not None and trio.current_time() > self._silent_since + DEAD_AFTER_S:
+                raise PeerTimeoutError(f"no answer to anything in {DEAD_AFTER_S:.0f} s")
+
+    async def _probe(self, probe: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await probe()
+        except PeerTimeoutError:
+            pass  # silence goes on
+        except PeerError:
+            await trio.sleep(SUSPECT_AFTER_S)  # an odd answer; do not ask in a tight loop
