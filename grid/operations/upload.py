@@ -1,0 +1,154 @@
+"""Uploader: stores one immutable file and returns its cap.
+
+    key (hashing pass) → servers (placement.py) → encode and push (encode.py) → cap
+
+Files of up to 55 bytes become literal caps and need no server. Convergent uploads of the same contents give
+the same cap; two at once in this process are done one after the other, since a server refuses a share that
+is on its way already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+from attrs import define, field, frozen
+
+from grid.errors import PeerError
+from grid.formats.caps import CHKReadCap, LiteralCap
+from grid.formats.segments import LITERAL_BYTES_MAX
+from grid.interfaces import IStorageBroker, IUploadable
+from grid.operations.encode import Encoder
+from grid.operations.leases import Secrets
+from grid.operations.placement import QUERY_TIMEOUT_S, Selection, ServerSelector, Suspects, UploadSpec
+from grid.operations.push import IShareholder
+from grid.operations.share_writer import ShareWriter
+from grid.operations.uploadables import DataUploadable, EncryptAnUploadable, FileUploadable
+
+__all__ = ["DataUploadable", "FileUploadable", "UploadResults", "Uploader", "chk_cap_of"]
+
+log = logging.getLogger(__name__)
+
+SMALL_SHARE_BYTES_MAX: Final = 1 << 20  # below this a second copy costs less than asking who has one
+
+
+@frozen
+class UploadResults:
+    """IUploadResults: what an upload did."""
+
+    cap: CHKReadCap | LiteralCap
+    pushed_shares: int = 0
+    preexisting_shares: int = 0
+    sharemap: Mapping[int, frozenset[str]] = field(factory=dict)  # {share number: server ids}
+
+    @property
+    def uri(self) -> str:
+        """The read cap, as text. A secret."""
+        return str(self.cap)
+
+
+@define
+class _Turn:
+    lock: trio.Lock = field(factory=trio.Lock)
+    users: int = 0
+
+
+class Uploader:
+    """IUploader: one per grid. Any number of uploads may run at once; bounding them is the caller's job."""
+
+    def __init__(
+        self, broker: IStorageBroker, secrets: Secrets, default_parameters: Mapping[str, int] | None = None
+    ) -> None:
+        self._broker = broker
+        self._secrets = secrets
+        self._default_parameters = default_parameters
+        self._suspects = Suspects()
+        self._turns: dict[bytes, _Turn] = {}  # by storage index, of uploads under way
+
+    async def upload(self, uploadable: IUploadable) -> UploadResults:
+        """Store it, or raise NotEnoughServersError. Closes `uploadable` in any case."""
+        try:
+            if self._default_parameters is not None:
+                uploadable.set_default_encoding_parameters(self._default_parameters)
+            literal = await _literal(uploadable)
+            if literal is not None:
+                return UploadResults(literal)
+            encoder = await Encoder().set_encrypted_uploadable(EncryptAnUploadable(uploadable))
+            storage_index = encoder.get_param("storage_index")
+            async with self._turn(storage_index):
+                return await self._store(storage_index, encoder, await uploadable.get_encryption_key())
+        finally:
+            with trio.CancelScope(shield=True):  # closing a file does not wait for anything
+                await uploadable.close()
+
+    @asynccontextmanager
+    async def _turn(self, storage_index: bytes) -> AsyncIterator[None]:
+        turn = self._turns.setdefault(storage_index, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[storage_index]
+
+    async def _store(self, storage_index: bytes, encoder: Encoder, key: bytes) -> UploadResults:
+        _, happy, n = encoder.get_param("share_counts")
+        share_size = encoder.get_param("share_size")
+        selector = ServerSelector(
+            self._broker, self._secrets, self._suspects, UploadSpec(storage_index, share_size, n, happy)
+        )
+        ask_first = share_size > SMALL_SHARE_BYTES_MAX
+        selection = await selector.select(ask_first=ask_first)
+        shareholders: dict[int, IShareholder] = {
+            number: ShareWriter(encoder.segments.layout, number, server, writer)
+            for number, (server, writer) in selection.writers.items()
+        }
+        encoder.set_shareholders(shareholders, selection.existing)
+        ueb_hash, k, n, size = await encoder.start()
+        if ask_first:
+            await self._renew_leases(storage_index, selection)
+        preexisting = len(selection.existing.keys())
+        log.debug("stored: %d shares sent, %d there before", len(encoder.pushed), preexisting)
+        return UploadResults(CHKReadCap(key, ueb_hash, k, n, size), len(encoder.pushed), preexisting, encoder.sharemap)
+
+    async def _renew_leases(self, storage_index: bytes, selection: Selection) -> None:
+        """On servers that hold shares but were not asked to take one, which renews too. Best effort."""
+
+        async def renew(server_id: str) -> None:
+            server = selection.servers[server_id]
+            try:
+                await server.add_lease(storage_index, self._secrets.lease(storage_index, server.tub_id))
+            except PeerError as error:
+                log.info("lease not renewed on server %s: %s", server.name, error)
+
+        allocated = {server.server_id for server, _ in selection.writers.values()}
+        with trio.move_on_after(QUERY_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                for server_id, numbers in selection.holdings.items():
+                    if numbers and server_id not in allocated:
+                        nursery.start_soon(renew, server_id)
+
+
+async def _literal(uploadable: IUploadable) -> LiteralCap | None:
+    size = await uploadable.get_size()
+    if size > LITERAL_BYTES_MAX:
+        return None
+    return LiteralCap(b"".join(await uploadable.read(size)) if size else b"")
+
+
+async def chk_cap_of(uploadable: IUploadable) -> CHKReadCap | LiteralCap:
+    """The cap an upload would give, computed without sending a byte. Closes `uploadable`."""
+    try:
+        literal = await _literal(uploadable)
+        if literal is not None:
+            return literal
+        encoder = await Encoder().set_encrypted_uploadable(EncryptAnUploadable(uploadable))
+        return CHKReadCap(await uploadable.get_encryption_key(), *await encoder.start())
+    finally:
+        with trio.CancelScope(shield=True):
+            await uploadable.close()
