@@ -1,0 +1,333 @@
+"""Writing the next version of a mutable file: encode it, and put every share in its place if nobody was faster.
+
+    encode_sdmf   encrypt ── code ── hash ── sign        -> N shares
+    publish       one test-and-set call per server: "the share is as the servermap saw it" -> whole share
+
+Every known share is replaced where it is; share numbers with no place yet go to the allowed servers with the
+fewest shares, in permuted order. A test that fails, or a share nobody expected, means another writer: the
+publish fails as a whole, though some servers may already hold the new version. A server that merely fails
+is done without; its shares go elsewhere. At least k distinct shares must be placed.
+
+Source: Tahoe-LAFS 1.20's mutable publish. Time limits are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import trio
+from attrs import define, field, frozen
+
+from grid.crypto import aes_ctr
+from grid.erasure import Encoder, split_segment
+from grid.errors import (
+    NoSpaceError,
+    NotEnoughServersError,
+    PeerError,
+    PeerTimeoutError,
+    UncoordinatedWriteError,
+)
+from grid.formats import hashutil
+from grid.formats.hashtree import build_tree, needed_hashes
+from grid.formats.mutable_share import (
+    HEADER_BYTES,
+    SDMF_CHECKSTRING_BYTES,
+    SDMF_DATA_BYTES_MAX,
+    MutableHeader,
+    parse_header,
+)
+from grid.formats.sdmf_share import pack_sdmf_share, sdmf_segment_size, sdmf_signed_prefix
+from grid.interfaces import IStorageBroker, IStorageServer, SlotWrite, TestVector
+from grid.operations.keys import MutableKeys
+from grid.operations.leases import Secrets
+from grid.operations.responsiveness import responsiveness_of
+from grid.operations.servermap import ServerMap, ShareKey
+from grid.operations.slot_share import FoundShare
+from grid.operations.worker import run_cpu_work
+
+log = logging.getLogger(__name__)
+
+STRAGGLER_S: Final = 3.0  # waited for the last servers, once the others are done; or as long as those took
+WRITE_TIMEOUT_S: Final = 120.0  # for one call: a share may be large and the line slow
+CALL_BYTES_MAX: Final = 8 << 20  # of shares that go to one server in one call
+CALLS_IN_FLIGHT: Final = 64
+PLACEMENT_ROUNDS: Final = 3  # shares of a failed server go elsewhere so many times
+WHOLE_BYTES: Final = 4000  # shares up to this size are kept in the new map
+
+Targets = dict[ShareKey, tuple[IStorageServer, SlotWrite]]
+
+
+@frozen
+class EncodedVersion:
+    """All shares of one version, ready to go."""
+
+    header: MutableHeader
+    shares: Mapping[int, bytes] = field(repr=False)
+
+
+def encode_sdmf(
+    data: bytes, keys: MutableKeys, *, seqnum: int, salt: bytes, k: int, n: int, signature: bytes | None = None
+) -> EncodedVersion:
+    """CPU-bound: see `prepare_sdmf`. `salt` must be 16 fresh random bytes.
+
+    `signature` takes the place of the one that would be made, to get known bytes.
+    Raises ValueError when the file is over SDMF_DATA_BYTES_MAX.
+    """
+    if len(data) > SDMF_DATA_BYTES_MAX:
+        raise ValueError(f"an SDMF file holds at most {SDMF_DATA_BYTES_MAX} bytes")
+    ciphertext = aes_ctr(hashutil.datakey(salt, keys.readkey), data)
+    blocks = Encoder(k, n).encode(split_segment(ciphertext, k)) if data else [b""] * n
+    block_trees = [build_tree([hashutil.block_hash(block)] if data else []) for block in blocks]
+    share_tree = build_tree([tree[0] for tree in block_trees])
+    common: dict[str, Any] = {
+        "seqnum": seqnum,
+        "root_hash": share_tree[0],
+        "salt": salt,
+        "k": k,
+        "n": n,
+        "segment_size": sdmf_segment_size(len(data), k),
+        "data_size": len(data),
+    }
+    if signature is None:
+        signature = keys.private.sign_pss(sdmf_signed_prefix(**common))
+    shares = {
+        number: pack_sdmf_share(
+            **common,
+            public_key=keys.public_der,
+            signature=signature,
+            share_hash_chain={node: share_tree[node] for node in needed_hashes(n, number)},
+            block_hash_tree=block_trees[number],
+            share_data=blocks[number],
+            encrypted_private_key=keys.encrypted_private_key,
+        )
+        for number in range(n)
+    }
+    return EncodedVersion(parse_header(shares[0][:HEADER_BYTES]), shares)
+
+
+async def prepare_sdmf(data: bytes, keys: MutableKeys, *, seqnum: int, salt: bytes, k: int, n: int) -> EncodedVersion:
+    """encode_sdmf, off the event loop if it is long."""
+    return await run_cpu_work(lambda: encode_sdmf(data, keys, seqnum=seqnum, salt=salt, k=k, n=n), len(data) * n // k)
+
+
+@define(eq=False)
+class _Call:
+    """Some shares for one server, sent together."""
+
+    server: IStorageServer
+    writes: dict[int, SlotWrite]
+
+
+async def publish(
+    broker: IStorageBroker, secrets: Secrets, keys: MutableKeys, version: EncodedVersion, servermap: ServerMap | None
+) -> ServerMap:
+    """Put `version` on the servers; return the map of what was placed.
+
+    `servermap` None is for a file that never existed: its slots are empty, so nobody need be asked. Raises
+    UncoordinatedWriteError, NotEnoughServersError.
+    """
+    publisher = _Publisher(broker, secrets, keys, servermap or ServerMap(), version)
+    await publisher.run()
+    return publisher.result()
+
+
+class _Publisher:
+    """One publish: rounds of calls, the later ones for shares whose server failed."""
+
+    def __init__(
+        self,
+        broker: IStorageBroker,
+        secrets: Secrets,
+        keys: MutableKeys,
+        servermap: ServerMap,
+        version: EncodedVersion,
+    ) -> None:
+        self._broker = broker
+        self._secrets = secrets
+        self._keys = keys
+        self._map = servermap
+        self._version = version
+        self._storage_index = keys.storage_index
+        self._checkstring = version.header.checkstring
+        self._placed: dict[ShareKey, IStorageServer] = {}
+        self._failures: dict[str, PeerError] = {}
+        self._surprise: str | None = None
+        self._responsiveness = responsiveness_of(broker)
+
+    async def run(self) -> None:
+        targets = self._known_places()
+        for _ in range(PLACEMENT_ROUNDS):
+            self._place_homeless(targets)
+            if not targets:
+                break
+            await self._send(targets)
+            if self._surprise is not None:
+                raise UncoordinatedWriteError(self._surprise)
+            targets = {}
+        self._check_enough()
+
+    def result(self) -> ServerMap:
+        """What is now known to be where: a map fit for the next publish."""
+        new = ServerMap(keys=self._keys)
+        header = self._version.header
+        for key, server in self._placed.items():
+            share = self._version.shares[key[1]]
+            # enough of them whole to read a small file back, of the others what a test needs
+            whole = len(share) <= WHOLE_BYTES and key[1] < header.k
+            head = share if whole else share[:HEADER_BYTES]
+            new.shares[key] = FoundShare(
+                server, self._storage_index, key[1], header, head, whole, self._keys.public_der
+            )
+        new.incompatible = dict(self._map.incompatible)
+        new.failures = {**self._map.failures, **self._failures}
+        return new
+
+    # --- where to
+
+    def _known_places(self) -> Targets:
+        targets: Targets = {}
+        for share in self._map.shares.values():
+            test = TestVector(0, len(share.header.checkstring), share.header.checkstring)
+            self._add(targets, share.server, share.number, test)
+        for bad in self._map.bad.values():
+            self._add(targets, bad.server, bad.number, TestVector(0, len(bad.specimen) or 1, bad.specimen))
+        return targets
+
+    def _add(self, targets: Targets, server: IStorageServer, number: int, test: TestVector) -> None:
+        if number in self._version.shares:  # a share number from the time of a larger N stays as it is
+            data = self._version.shares[number]
+            targets[server.server_id, number] = server, SlotWrite([test], [(0, data)])
+
+    def _place_homeless(self, targets: Targets) -> None:
+        """Give every share number without a place one, on the servers with the fewest."""
+        housed = {number for _, number in (*targets, *self._placed)}
+        homeless = [number for number in sorted(self._version.shares) if number not in housed]
+        if not homeless:
+            return
+        loads = Counter(server_id for server_id, _ in (*targets, *self._placed))
+        servers = [
+            server
+            for server in self._broker.get_permuted_servers(self._storage_index)
+            if self._broker.permits_upload(server)
+            and server.server_id not in self._failures
+            and server.server_id not in self._map.failures
+        ]
+        prompt = [server for server in servers if not self._responsiveness.is_late(server.server_id)]
+        if len(prompt) >= self._version.header.k:
+            servers = prompt
+        servers.sort(key=lambda server: loads[server.server_id])  # stable: permuted order among equals
+        occupied = {*self._map.incompatible, *targets, *self._placed}
+        for index, number in enumerate(homeless):
+            for turn in range(len(servers)):
+                server = servers[(index + turn) % len(servers)]
+                if (server.server_id, number) not in occupied:
+                    self._add(targets, server, number, TestVector(0, 1, b""))
+                    break
+
+    # --- sending
+
+    async def _send(self, targets: Targets) -> None:
+        calls = _group(targets)
+        unsent = iter(calls)
+        waiting = set(map(id, calls))
+        send, receive = trio.open_memory_channel[_Call](len(calls))
+        started = trio.current_time()
+
+        async def lane() -> None:
+            for call in unsent:
+                await self._write(call)
+                send.send_nowait(call)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(CALLS_IN_FLIGHT, len(calls))):
+                nursery.start_soon(lane)
+            while waiting:
+                # as long again as the others took: a slow line is given time, a dead one is not waited for
+                now = trio.current_time()
+                enough = len({number for _, number in self._placed}) >= self._version.header.k
+                limit = now + max(STRAGGLER_S, now - started) if enough else float("inf")
+                with trio.move_on_at(limit) as scope:
+                    waiting.discard(id(await receive.receive()))
+                if scope.cancelled_caught:
+                    break
+            nursery.cancel_scope.cancel()
+        for call in calls:
+            if id(call) in waiting:
+                self._responsiveness.late(call.server.server_id)
+                log.info("publish: %s is too slow, its shares go elsewhere", call.server.name)
+                self._failures[call.server.server_id] = PeerTimeoutError(f"{call.server.name}: publish took too long")
+
+    async def _write(self, call: _Call) -> None:
+        server = call.server
+        secrets = self._secrets.slot(self._keys.writekey, self._storage_index, server.tub_id)
+        try:
+            with trio.fail_after(WRITE_TIMEOUT_S):
+                written, before = await server.slot_testv_and_readv_and_writev(
+                    self._storage_index, secrets, call.writes, [(0, SDMF_CHECKSTRING_BYTES)]
+                )
+        except PeerError as error:
+            log.info("publish to %s: %s", server.name, error)
+            self._failures[server.server_id] = error
+            return
+        except trio.TooSlowError:
+            self._failures[server.server_id] = PeerTimeoutError(f"{server.name}: publish took too long")
+            return
+        heads = {number: data[0] if data else b"" for number, data in before.items()}
+        if not written and all(heads.get(number) == self._checkstring for number in call.writes):
+            written = True  # an answer was lost on the way, not the write: it is our own version that is there
+        if not written:
+            self._surprise = f"a share on {server.name} is not as it was"
+            return
+        for number in call.writes:
+            self._placed[server.server_id, number] = server
+        for number, head in heads.items():
+            if number not in call.writes and not self._expected(server.server_id, number, head):
+                self._surprise = f"an unknown share {number} is on {server.name}"
+
+    def _expected(self, server_id: str, number: int, head: bytes) -> bool:
+        """Whether a share we did not write in this call is one we know of."""
+        key = server_id, number
+        if head == self._checkstring or key in self._placed:
+            return True
+        known = self._map.shares.get(key)
+        if known is not None:
+            return head.startswith(known.header.checkstring)
+        other = self._map.bad.get(key) or self._map.incompatible.get(key)
+        return other is not None and head[: len(other.specimen)] == other.specimen[: len(head)]
+
+    def _check_enough(self) -> None:
+        reached = len({number for _, number in self._placed})
+        k = self._version.header.k
+        if reached < k:
+            raise NotEnoughServersError(
+                happy=k,
+                reached=reached,
+                connected=len(self._broker.get_permuted_servers(self._storage_index)),
+                refused_for_space=any(isinstance(error, NoSpaceError) for error in self._failures.values()),
+            )
+        if reached < len(self._version.shares):
+            log.warning("publish placed %d of %d shares", reached, len(self._version.shares))
+
+
+def _group(targets: Targets) -> list[_Call]:
+    """One call a server; more if its shares are large."""
+    by_server: dict[str, list[_Call]] = defaultdict(list)
+    sizes: dict[int, int] = {}
+    for (server_id, number), (server, write) in sorted(targets.items(), key=lambda item: item[0]):
+        size = sum(len(data) for _, data in write.data)
+        calls = by_server[server_id]
+        if not calls or sizes[id(calls[-1])] + size > CALL_BYTES_MAX:
+            calls.append(_Call(server, {}))
+            sizes[id(calls[-1])] = 0
+        calls[-1].writes[number] = write
+        sizes[id(calls[-1])] += size
+    return _interleave(list(by_server.values()))
+
+
+def _interleave(calls_by_server: Sequence[Sequence[_Call]]) -> list[_Call]:
+    """Every server's first call first, so that a slow server does not hold up the others'."""
+    longest = max((len(calls) for calls in calls_by_server), default=0)
+    return [calls[turn] for turn in range(longest) for calls in calls_by_server if turn < len(calls)]

@@ -1,0 +1,263 @@
+"""MutableFileNode: read, replace, modify; races between writers; what is asked of the servers and what is not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+import trio.testing
+
+from grid.errors import NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
+from grid.formats.caps import MDMFWriteCap
+from grid.nodes.mutable import MAP_FRESH_S, MutableFileNode
+from grid.operations.publish import encode_sdmf
+from tests.grid.operations import mutable_grid as grid
+from tests.memory_server import MemoryBroker
+
+
+def calls(broker: MemoryBroker) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for server in broker.servers:
+        for kind, count in server.calls.items():
+            total[kind] = total.get(kind, 0) + count
+        server.calls.clear()
+    return total
+
+
+def reader(broker: MemoryBroker) -> MutableFileNode:
+    return MutableFileNode(grid.access(broker), grid.write_cap().readonly)
+
+
+async def test_what_one_writes_another_reads() -> None:
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"first")
+    assert await grid.new_node(broker).download_to_data() == b"first"
+    await grid.new_node(broker).replace(b"second")
+    node = reader(broker)
+    assert node.get_size() is None
+    assert await node.download_to_data() == b"second"
+    assert node.get_size() == 6 == await node.get_current_size()
+
+
+async def test_an_empty_file() -> None:
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"")
+    snapshot = await reader(broker).open_snapshot()
+    assert snapshot.size == 0 and await snapshot.read_all() == b""
+
+
+async def test_a_read_cap_does_not_write() -> None:
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"first")
+    node = reader(broker)
+    assert node.is_readonly() and node.get_writekey() is None and node.get_uri() == node.get_readonly_uri()
+    with pytest.raises(NotWriteableError):
+        await node.replace(b"x")
+
+
+async def test_mdmf_is_read_but_not_written() -> None:
+    vector = next(vector for vector in grid.files() if vector["name"] == "mdmf-three-segs-tail-3of10-seq1")
+    broker = MemoryBroker(10)
+    grid.place(broker, grid.shares_of(vector))
+    node = MutableFileNode(grid.access(broker), MDMFWriteCap(grid.keys().writekey, grid.keys().fingerprint))
+    assert await node.download_to_data() == grid.contents_of(vector)
+    with pytest.raises(NotWriteableError):
+        await node.modify(lambda old: old + b"x")
+
+
+async def test_round_trips() -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"first")
+    assert calls(broker) == {"slot_writev": 10}
+    await node.replace(b"second")  # knows where all shares are
+    assert calls(broker) == {"slot_writev": 10}
+    other = grid.new_node(broker)
+    await other.modify(lambda old: old + b"!")
+    assert calls(broker) == {"slot_readv": 10, "slot_writev": 10}
+    await other.download_to_data()
+    assert calls(broker) == {"slot_readv": 6}
+
+
+async def test_what_was_remembered_may_be_out_of_date() -> None:
+    broker = MemoryBroker(10)
+    one = await grid.created(broker, b"a")
+    two = grid.new_node(broker)
+    await two.modify(lambda old: old + b"b")
+    await one.modify(lambda old: old + b"c")  # from memory this fails, without waiting it is redone
+    assert await reader(broker).download_to_data() == b"abc"
+    await two.replace(b"z")
+    assert await reader(broker).download_to_data() == b"z"
+
+
+async def test_memory_of_a_publish_ends(autojump_clock: trio.testing.MockClock) -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"a")
+    await trio.sleep(MAP_FRESH_S + 1)
+    calls(broker)
+    await node.replace(b"b")
+    assert calls(broker)["slot_readv"] == 10
+
+
+async def test_no_change_is_not_published() -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"a")
+    calls(broker)
+    assert await node.modify(lambda old: old) == b"a"
+    assert calls(broker) == {"slot_readv": 10}  # it looked, rather than go by memory
+
+
+async def test_a_file_keeps_its_own_k_and_n() -> None:
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"a", k=2, n=5)
+    await grid.new_node(broker).replace(b"b")
+    version = await reader(broker).get_best_version()
+    assert (version.header.k, version.header.n, version.header.seqnum) == (2, 5, 2)
+
+
+async def test_private_key_stays_byte_for_byte() -> None:
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"a")
+    await grid.new_node(broker).replace(b"b")
+    share = grid.permuted(broker)[0].share(grid.storage_index(), 0)
+    assert bytes(share).endswith(grid.keys().encrypted_private_key)
+
+
+async def test_nothing_there() -> None:
+    broker = MemoryBroker(10)
+    with pytest.raises(NotEnoughSharesError):
+        await reader(broker).download_to_data()
+    with pytest.raises(NotEnoughSharesError):
+        await grid.new_node(broker).modify(lambda old: old)
+
+
+async def test_replaced_while_being_read() -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, bytes(30_000))
+    versions: list[int] = []
+
+    async def use(version: object) -> bytes:
+        versions.append(version.size)  # type: ignore[attr-defined]
+        if len(versions) == 1:
+            await node.replace(bytes(40_000))
+        return await version.read_all()  # type: ignore[attr-defined,no-any-return]
+
+    assert await reader(broker).use_best_version(use) == bytes(40_000)
+    assert versions == [30_000, 40_000]
+
+
+async def test_a_version_once_seen_is_not_forgotten() -> None:
+    """The first servers lag behind: whoever knows of a newer version looks further."""
+    broker = MemoryBroker(20)
+    old = encode_sdmf(b"old", grid.keys(), seqnum=1, salt=bytes(16), k=3, n=10).shares
+    new = encode_sdmf(b"new", grid.keys(), seqnum=2, salt=bytes(16), k=3, n=10).shares
+    servers = grid.permuted(broker)
+    for number in range(10):
+        grid.put(servers[number], number, new[number])
+    node = reader(broker)
+    assert await node.download_to_data() == b"new"
+    for number in range(6):
+        grid.put(servers[number], number, old[number])
+    assert await node.download_to_data() == b"new"
+    assert await reader(broker).download_to_data() == b"old"  # one who does not know is content with this
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_racing_writers_lose_nothing(seed: int, autojump_clock: trio.testing.MockClock) -> None:
+    random.seed(seed)
+    broker = MemoryBroker(10)
+    for server in broker.servers:
+        server.latency_s = random.random() / 10
+    await grid.created(broker, b"")
+    writers = [grid.new_node(broker) for _ in range(3)]
+
+    async def write(name: bytes, node: MutableFileNode) -> None:
+        for count in range(4):
+            token = b"%s%d " % (name, count)
+            await node.modify(lambda old, token=token: old if token in old else old + token)  # type: ignore[misc]
+            await trio.sleep(random.random())
+
+    async with trio.open_nursery() as nursery:
+        for name, node in zip((b"a", b"b", b"c"), writers, strict=True):
+            nursery.start_soon(write, name, node)
+    tokens = (await reader(broker).download_to_data()).split()
+    assert sorted(tokens) == [b"%s%d" % (name, count) for name in (b"a", b"b", b"c") for count in range(4)]
+
+
+async def test_one_node_queues_its_writers() -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"")
+    async with trio.open_nursery() as nursery:
+        for token in (b"a", b"b", b"c"):
+            nursery.start_soon(node.modify, lambda old, token=token: old + token)
+    assert sorted(await reader(broker).download_to_data()) == [97, 98, 99]
+
+
+async def test_of_two_heads_ours_that_failed_is_not_the_base() -> None:
+    """After a lost race, our version may be as recoverable as the winner's, and rank above it: the winner's
+    change must not get lost for that.
+    """
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"base ")
+    theirs = encode_sdmf(b"base theirs ", grid.keys(), seqnum=2, salt=bytes(16), k=3, n=10)
+    for number in range(5, 10):
+        grid.put(grid.permuted(broker)[number], number, theirs.shares[number])
+    await node.modify(lambda old: old if b"ours" in old else old + b"ours ")
+    assert await reader(broker).download_to_data() == b"base theirs ours "
+
+
+async def test_who_always_loses_gives_up(autojump_clock: trio.testing.MockClock) -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"")
+    rival = grid.new_node(broker)
+    tries = 0
+
+    async def make(version: object, must: bool) -> bytes:
+        nonlocal tries
+        tries += 1
+        await rival.modify(lambda old: old + b"x")
+        return b"never"
+
+    with pytest.raises(UncoordinatedWriteError):
+        await node.update(make)
+    assert tries == 9  # the first from memory
+    assert await reader(broker).download_to_data() == b"x" * 9
+
+
+async def test_damage_is_healed_by_the_next_write() -> None:
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"contents" * 1000)
+    servers = grid.permuted(broker)
+    for number in range(7):
+        servers[number].corrupt(grid.storage_index(), number, 900)
+    await grid.new_node(broker).modify(lambda old: old + b"!")
+    for server in servers[3:]:
+        server.connected = False
+    assert await reader(broker).download_to_data() == b"contents" * 1000 + b"!"
+
+
+async def test_stopped_servers(autojump_clock: trio.testing.MockClock) -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"contents")
+    grid.permuted(broker)[1].pause()
+    began = trio.current_time()
+    assert await reader(broker).download_to_data() == b"contents"
+    assert trio.current_time() - began < 3
+    began = trio.current_time()
+    await node.modify(lambda old: old + b"!")
+    await grid.new_node(broker).modify(lambda old: old + b"!")
+    assert trio.current_time() - began < 12
+    assert await reader(broker).download_to_data() == b"contents!!"
+
+
+async def test_cancelled_publish_is_not_trusted_afterwards(autojump_clock: trio.testing.MockClock) -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"a")
+    for server in grid.permuted(broker)[5:]:
+        server.hang_on.add("slot_writev")
+    with trio.move_on_after(0.5):
+        await node.replace(b"b")
+    for server in broker.servers:
+        server.hang_on.clear()
+    await node.modify(lambda old: old + b"c")
+    assert await reader(broker).download_to_data() in (b"bc", b"ac")
