@@ -169,7 +169,9 @@ class _Read:
     def _start_lanes(self, nursery: trio.Nursery) -> float:
         """Ask as many shares as blocks are missing, not counting late ones. Returns when to look again."""
         responsiveness = self.download.responsiveness
-        now, delay = trio.current_time(), responsiveness.hedge_delay_s
+        # The more shares were asked beyond k, the more likely it is the line that is slow, and asking makes it worse.
+        hedged = max(0, len(self.tried) - self.download.file.k)
+        now, delay = trio.current_time(), responsiveness.hedge_delay_s * (1 + hedged // SPARE_SHARES)
         wake_at = math.inf
         on_time: set[int] = set()
         for share, since in self.lanes.items():

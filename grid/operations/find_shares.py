@@ -148,7 +148,7 @@ class ShareFinder:
             self._attempts[server.server_id] += 1
             return
         self._attempts[server.server_id] += 1
-        self._responsiveness.answered(server.server_id, trio.current_time() - began)
+        self._responsiveness.said_what_it_holds(server.server_id, trio.current_time() - began)
         known = {(share.server.server_id, share.number) for share in self.shares} | self.condemned.keys()
         for number in sorted(readers)[:SHARES_PER_SERVER_MAX]:
             if number < self._file.n and (server.server_id, number) not in known:

@@ -29,8 +29,12 @@ class Responsiveness:
     _late_until: dict[str, float] = field(factory=dict)  # {server id: trio time}
     _usual_s: float | None = None
 
+    def said_what_it_holds(self, server_id: str, seconds: float) -> None:
+        """A first impression. One that was late with data may still be: its disk hangs, or its line is full."""
+        self._latency_s.setdefault(server_id, seconds)
+
     def answered(self, server_id: str, seconds: float) -> None:
-        """The server answered: it is no longer avoided."""
+        """The server sent what was wanted: it is no longer avoided."""
         self._late_until.pop(server_id, None)
         before = self._latency_s.get(server_id, seconds)
         self._latency_s[server_id] = before + WEIGHT * (seconds - before)
