@@ -19,7 +19,7 @@ from typing import Any, Final
 import trio
 
 from grid.errors import FormatError
-from grid.formats.announcement import Announcement, certificate_permits, from_mapping
+from grid.formats.announcement import SERVICE_STORAGE, Announcement, certificate_permits, from_mapping
 from grid.formats.furl import Furl
 from grid.formats.hashutil import permuted_key
 from grid.interfaces import IStorageServer
@@ -73,6 +73,8 @@ class StorageBroker:
             )
             for petname, furl in introducers.items()
         ]
+        for introducer in self.introducers:
+            introducer.subscribe_to(SERVICE_STORAGE)
         for server_id, mapping in static_servers.items():
             try:
                 self.add_announcement(from_mapping(server_id, mapping))

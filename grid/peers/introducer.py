@@ -14,8 +14,9 @@ Source: Tahoe-LAFS 1.20's introducer protocol, version 2.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -39,13 +40,12 @@ CACHE_AFTER_S: Final = 2.0  # an introducer that has not answered by then may an
 CACHE_WRITE_DELAY_S: Final = 1.0  # announcements come in bursts
 ANNOUNCEMENTS_MAX: Final = 1000  # of one introducer: it must not choose how much memory we use
 CACHE_BYTES_MAX: Final = 16 << 20
-SERVICE: Final = "storage"
 _V2_KEY: Final = b"http://allmydata.org/tahoe/protocols/introducer/v2"
 _SUBSCRIBER_VERSION: Final = "tahoefs"
 
 
 class IntroducerClient:
-    """IIntroducerClient for the storage servers of one introducer. `run()` does it all.
+    """IIntroducerClient of one introducer: `subscribe_to` a service, then `run()`.
 
     `announced` is called with every announcement that is new, from the network or from the cache.
     """
@@ -69,12 +69,18 @@ class IntroducerClient:
         self._nickname = nickname
         self._keepalive_s = keepalive_s
         self._connected = False
-        self._heard: dict[str, Announcement] = {}  # by server id, in this session; what the cache file will hold
+        self._services: set[str] = set()
+        # by service and server id, in this session; what the cache file will hold
+        self._heard: dict[tuple[str, str], Announcement] = {}
         self._to_save = trio.Event()
         self._subscribed_once = trio.Event()
         self._failed_once = trio.Event()
         self._cache_used = False
         self.last_failure: str | None = None
+
+    def subscribe_to(self, service_name: str) -> None:
+        """Before `run()`."""
+        self._services.add(service_name)
 
     def connected_to_introducer(self) -> bool:
         return self._connected
@@ -137,22 +143,25 @@ class IntroducerClient:
             b"my-version": _SUBSCRIBER_VERSION,
             b"oldest-supported": "1.0.0",
         }
-        await reference.call("subscribe_v2", _Subscriber(self), SERVICE.encode(), about_us, timeout_s=CALL_TIMEOUT_S)
+        subscriber = _Subscriber(self)
+        for service in self._services:
+            await reference.call("subscribe_v2", subscriber, service.encode(), about_us, timeout_s=CALL_TIMEOUT_S)
 
     # --- announcements ----------------------------------------------------------------------------------------------
 
     def receive(self, triple: object) -> None:
         """One announcement from the network. Raises FormatError when it is not one or not genuine."""
         announcement = parse_signed(triple)
-        if announcement.service_name != SERVICE:
+        key = announcement.service_name, announcement.server_id
+        if announcement.service_name not in self._services:
             return
-        held = self._heard.get(announcement.server_id)
+        held = self._heard.get(key)
         if held is None and len(self._heard) >= ANNOUNCEMENTS_MAX:
             log.warning("introducer %r announces more than %d servers", self.petname, ANNOUNCEMENTS_MAX)
             return
         if held is not None and not supersedes(announcement, held):
             return
-        self._heard[announcement.server_id] = announcement
+        self._heard[key] = announcement
         self._to_save.set()
         self._announced(announcement)
 
@@ -168,8 +177,9 @@ class IntroducerClient:
         if self._cache_path is not None:
             cached = await trio.to_thread.run_sync(read_cache, self._cache_path)
             for announcement in cached:
+                key = announcement.service_name, announcement.server_id
                 # what the introducer said meanwhile is newer
-                if announcement.service_name == SERVICE and announcement.server_id not in self._heard:
+                if announcement.service_name in self._services and key not in self._heard:
                     self._announced(announcement)
             log.info("introducer %r does not answer; using %d servers announced before", self.petname, len(cached))
         self._cache_used = True
@@ -178,15 +188,21 @@ class IntroducerClient:
     async def _save_changes(self) -> None:
         if self._cache_path is None:
             return
-        while True:
-            await self._to_save.wait()
-            await trio.sleep(CACHE_WRITE_DELAY_S)
-            self._to_save = trio.Event()
-            announcements = dict(self._heard)
-            try:
-                await trio.to_thread.run_sync(write_cache, self._cache_path, announcements)
-            except OSError as error:
-                log.warning("cannot keep the announcements of introducer %r: %s", self.petname, error.strerror)
+        try:
+            while True:
+                await self._to_save.wait()
+                await trio.sleep(CACHE_WRITE_DELAY_S)
+                self._to_save = trio.Event()
+                await trio.to_thread.run_sync(self._save, self._cache_path, list(self._heard.values()))
+        finally:
+            if self._to_save.is_set():  # a command that was done in less than the delay
+                self._save(self._cache_path, list(self._heard.values()))
+
+    def _save(self, path: Path, announcements: list[Announcement]) -> None:
+        try:
+            write_cache(path, announcements)
+        except OSError as error:
+            log.warning("cannot keep the announcements of introducer %r: %s", self.petname, error.strerror)
 
 
 class _Subscriber(Referenceable):
@@ -240,10 +256,15 @@ def read_cache(path: Path) -> list[Announcement]:
     return announcements
 
 
-def write_cache(path: Path, announcements: Mapping[str, Announcement]) -> None:
-    """Replace the cache file. Raises OSError."""
-    entries = [{"ann": dict(ann.raw), "key_s": server_id} for server_id, ann in sorted(announcements.items())]
-    replace_file(path, yaml.safe_dump(entries, default_flow_style=False, allow_unicode=True).encode())
+def write_cache(path: Path, announcements: Iterable[Announcement]) -> None:
+    """Replace the cache file, if that changes anything. Raises OSError."""
+    ordered = sorted(announcements, key=lambda each: each.server_id)
+    entries = [{"ann": dict(each.raw), "key_s": each.server_id} for each in ordered]
+    contents = yaml.safe_dump(entries, default_flow_style=False, allow_unicode=True).encode()
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if file.read(CACHE_BYTES_MAX) == contents:
+            return
+    replace_file(path, contents)
 
 
 async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -121,7 +121,7 @@ class StorageService(Referenceable):
         self.excess = 0
         self.shares: dict[bytes, dict[int, bytes]] = {}
         self.writers: list[Share] = []
-        self.slots: dict[int, bytes] = {}
+        self.slots: dict[bytes, dict[int, bytes]] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.reports: list[bytes] = []
 
@@ -161,7 +161,7 @@ class StorageService(Referenceable):
         await self.awake.wait()
         return {
             number: [data[offset : offset + length + self.excess] for offset, length in vectors]
-            for number, data in self.slots.items()
+            for number, data in self.slots.get(storage_index, {}).items()
             if not numbers or number in numbers
         }
 
@@ -170,12 +170,17 @@ class StorageService(Referenceable):
     ) -> tuple[bool, dict[int, list[bytes]]]:
         self.calls.append((storage_index, secrets, writes))
         before = await self.remote_slot_readv(storage_index, [], reads)
-        for number, (tests, data, _) in writes.items():
-            held = self.slots.get(number, b"")
+        slot = self.slots.setdefault(storage_index, {})
+        for number, (tests, _, _) in writes.items():
+            held = slot.get(number, b"")
             if any(held[offset : offset + length] != specimen for offset, length, _, specimen in tests):
                 return False, before
+        for number, (_, data, new_length) in writes.items():
             for offset, piece in data:
-                self.slots[number] = held[:offset].ljust(offset, b"\0") + piece + held[offset + len(piece) :]
+                held = slot.get(number, b"").ljust(offset, b"\0")
+                slot[number] = held[:offset] + piece + held[offset + len(piece) :]
+            if new_length is not None:
+                slot[number] = slot[number][:new_length]
         return True, before
 
     async def remote_advise_corrupt_share(self, kind: bytes, storage_index: bytes, number: int, reason: bytes) -> None:

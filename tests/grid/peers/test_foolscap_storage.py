@@ -255,7 +255,7 @@ async def test_slots() -> None:
 
 async def test_a_server_that_sends_too_much_is_not_believed() -> None:
     async with storage() as peer, client_of(peer) as server:
-        peer.service.slots = {0: bytes(100)}
+        peer.service.slots = {SI: {0: bytes(100)}}
         peer.service.shares[SI] = {0: bytes(100)}
         peer.service.excess = 1
         reader = (await server.get_buckets(SI))[0]

@@ -126,6 +126,21 @@ async def test_what_was_announced_is_kept_and_used_when_offline(tmp_path: Path) 
             await until(broker.introducers[0].connected_to_introducer)
 
 
+async def test_a_command_that_is_soon_done_keeps_what_it_heard_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(introducer_module, "CACHE_WRITE_DELAY_S", 1000)
+    cache = tmp_path / "introducer_default_cache.yaml"
+    async with loopback_grid(tmp_path, 1) as grid:
+        async with grid.broker() as broker:
+            await broker.wait_for_servers(1, timeout_s=10)
+            assert not cache.exists()
+        written = cache.stat()
+        async with grid.broker() as broker:
+            await broker.wait_for_servers(1, timeout_s=10)
+        assert cache.stat().st_ino == written.st_ino  # nothing new: left alone
+
+
 async def test_offline_from_the_start(tmp_path: Path) -> None:
     async with loopback_grid(tmp_path, 1) as grid:
         grid.listener.stop()
@@ -294,7 +309,7 @@ def test_grid_managers_decide_who_gets_uploads() -> None:
 )
 def test_a_damaged_cache_is_no_cache(tmp_path: Path, damage: Callable[[str], str]) -> None:
     path = tmp_path / "cache.yaml"
-    write_cache(path, {"v0-x": announcement(3, "\u00fc")})
+    write_cache(path, [announcement(3, "\u00fc")])
     (kept,) = read_cache(path)
     assert (kept.server_id, kept.nickname, kept.seqnum) == ("v0-x", "\u00fc", 3)
     path.write_text(damage(path.read_text()))
