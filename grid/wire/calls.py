@@ -30,7 +30,7 @@ from grid.wire.banana import (
     error_token,
     ping_token,
 )
-from grid.wire.failures import FAILURE_TYPE, attributes_of
+from grid.wire.failures import failure_to_send
 from grid.wire.references import Referenceable, Releases, RemoteHandle
 from grid.wire.remote_interfaces import INTERFACES, RIBroker
 from grid.wire.schemas import ANY, RemoteInterface, Schema
@@ -44,7 +44,6 @@ OUR_OBJECTS_MAX: Final = 100_000  # ours: objects a peer may keep alive
 RELEASES_BATCH: Final = 32  # clids released before we tell the peer without being asked to
 
 BROKER_CLID: Final = 0
-FATAL_TEXT: Final = "exception while processing data, more information in the logfiles"
 
 
 @frozen
@@ -283,7 +282,7 @@ class Broker:
         if not reqid:
             return
         self._executing.discard(reqid)
-        self._encode(lambda: self._writer.error(reqid, FAILURE_TYPE, attributes_of(error)), is_reply=True)
+        self._encode(lambda: self._writer.error(reqid, failure_to_send(error)), is_reply=True)
 
     def send_ping(self) -> None:
         self._queue([ping_token(PING, 0)])

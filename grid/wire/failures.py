@@ -41,8 +41,8 @@ class Copyable:
     attributes: dict[bytes, Any]
 
 
-def attributes_of(error: Exception) -> dict[bytes, object]:
-    """The four attributes that tell `error` to a peer.
+def failure_to_send(error: Exception) -> Copyable:
+    """What tells `error` to a peer.
 
     Text goes out only for errors that were raised on purpose: another exception's may hold anything.
     """
@@ -60,13 +60,14 @@ def _names(kind: type) -> list[str]:
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
 
 
-def _four(value: str, type_name: str, parents: Sequence[str]) -> dict[bytes, object]:
-    return {
+def _four(value: str, type_name: str, parents: Sequence[str]) -> Copyable:
+    attributes = {
         b"value": trim(value, VALUE_BYTES_MAX),
         b"type": trim(type_name, TYPE_BYTES_MAX),
         b"traceback": _NO_TRACEBACK,
         b"parents": [trim(name, TYPE_BYTES_MAX) for name in parents[:PARENTS_MAX]],
     }
+    return Copyable(FAILURE_TYPE, attributes)
 
 
 def trim(text: str, limit: int) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from grid.errors import Violation
 from grid.wire.banana import float_token, header, integer_token
+from grid.wire.failures import Copyable
 from grid.wire.references import Referenceable, RemoteHandle
 
 Buffer = bytes | bytearray | memoryview
@@ -77,17 +78,12 @@ class MessageWriter:
         self._close(number)
         return self._finish()
 
-    def error(self, reqid: int, type_name: bytes, attributes: Mapping[bytes, object]) -> list[Buffer]:
-        """An `error` message holding one copyable."""
+    def error(self, reqid: int, failure: Copyable) -> list[Buffer]:
+        """An `error` message."""
         self._begin()
         number = self._open(b"error")
         self._small += integer_token(reqid)
-        copyable = self._open(b"copyable")
-        self._string(type_name)
-        for name, value in attributes.items():
-            self._string(name)
-            self._value(value, 2)
-        self._close(copyable)
+        self._copyable(failure, 1)
         self._close(number)
         return self._finish()
 
@@ -223,6 +219,14 @@ class MessageWriter:
             self._value(value[key], depth + 1)
         self._close(number)
 
+    def _copyable(self, value: Copyable, depth: int) -> None:
+        number = self._open(b"copyable")
+        self._string(value.type_name)
+        for name, attribute in value.attributes.items():
+            self._string(name)
+            self._value(attribute, depth + 1)
+        self._close(number)
+
     def _decimal(self, value: Decimal, depth: int) -> None:
         number = self._open(b"decimal")
         self._string(str(value).encode())
@@ -252,6 +256,7 @@ _SLICERS: Final[dict[type, Callable[[MessageWriter, Any, int], None]]] = {
     dict: MessageWriter._dict,
     float: MessageWriter._float,
     Decimal: MessageWriter._decimal,
+    Copyable: MessageWriter._copyable,
 }
 
 

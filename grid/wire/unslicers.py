@@ -294,7 +294,8 @@ class MessageReader:
         keys = _hashable(top.items[::2])
         container.update(zip(keys, top.items[1::2], strict=True))
         if len(container) != len(keys):
-            raise RemoteProtocolError("duplicate key in dict")
+            # Foolscap drops the connection for this, unless the schema refused the dict before.
+            raise Violation("duplicate key in dict")
         return container
 
     def _reference(self, top: _Open) -> Any:
