@@ -17,7 +17,7 @@ from grid.errors import PeerError, PeerTimeoutError, RemoteFailure, Violation
 
 SUSPECT_AFTER_S: Final = 2.0
 SLOW_BYTES_PER_S: Final = 64 << 10  # what is on its way may take this long: a slow line is not a dead server
-DEAD_AFTER_S: Final = 180.0
+DEAD_AFTER_S: Final = 60.0
 REFRESH_S: Final = 600.0  # an idle server is asked now and then, also for its free space
 _LATENCY_WEIGHT: Final = 0.2
 
@@ -38,7 +38,11 @@ class Pulse:
 
     @property
     def _patience_s(self) -> float:
-        return SUSPECT_AFTER_S + self._bytes_moving / SLOW_BYTES_PER_S
+        return SUSPECT_AFTER_S + self._moving_s
+
+    @property
+    def _moving_s(self) -> float:
+        return self._bytes_moving / SLOW_BYTES_PER_S
 
     def asked(self, moved_bytes: int = 0) -> None:
         self._unanswered += 1
@@ -97,8 +101,9 @@ class Pulse:
             await trio.sleep_until(self._silent_since + self._patience_s)
             if not self.responsive:
                 await self._probe(probe)
-            if self._silent_since is not None and trio.current_time() > self._silent_since + DEAD_AFTER_S:
-                raise PeerTimeoutError(f"no answer to anything in {DEAD_AFTER_S:.0f} s")
+            dead_after_s = DEAD_AFTER_S + self._moving_s
+            if self._silent_since is not None and trio.current_time() > self._silent_since + dead_after_s:
+                raise PeerTimeoutError(f"no answer to anything in {dead_after_s:.0f} s")
 
     async def _probe(self, probe: Callable[[], Awaitable[None]]) -> None:
         try:

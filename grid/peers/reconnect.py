@@ -105,10 +105,11 @@ async def keep_connected(
     `failed` hears of every attempt and every connection that ended. Our identity towards this peer is made here,
     for this run only: no other program speaks for it, and peers cannot tell by it that they serve the same user.
     """
-    identity = make_tub_identity()
+    # one tub for all connections: it can tell the peer which of them a new one is to replace
+    tub = Tub(make_tub_identity(), keepalive_s=keepalive_s)
     while True:
         try:
-            await _connect_once(Tub(identity, keepalive_s=keepalive_s), furl, serve, backoff, dials)
+            await _connect_once(tub, furl, serve, backoff, dials)
         except PeerError as error:
             failed(error)
         else:

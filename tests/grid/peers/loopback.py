@@ -65,6 +65,43 @@ class Listener:
         self._scope.cancel()
 
 
+class Relay:
+    """Passes bytes on to a port. `freeze()` stops that without closing anything, as a lost network does."""
+
+    def __init__(self, nursery: trio.Nursery, port: int) -> None:
+        self._nursery = nursery
+        self._target = port
+        self._scopes: set[trio.CancelScope] = set()
+        self.port = 0
+
+    async def start(self) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        await self._nursery.start(trio.serve_listeners, self._accept, listeners)
+
+    async def _accept(self, inner: trio.SocketStream) -> None:
+        async with await trio.open_tcp_stream("127.0.0.1", self._target) as outer:
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._pump, inner, outer)
+                    nursery.start_soon(self._pump, outer, inner)
+            if scope.cancelled_caught:
+                await trio.sleep_forever()  # both streams stay open
+
+    async def _pump(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        try:
+            async for piece in source:
+                await target.send_all(piece)
+            await target.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return  # one of the two ends is gone
+
+    def freeze(self) -> None:
+        for scope in self._scopes:
+            scope.cancel()
+
+
 class Share(Referenceable):
     """One immutable share being written."""
 

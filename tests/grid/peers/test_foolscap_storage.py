@@ -21,7 +21,7 @@ from grid.interfaces import LeaseSecrets, SlotSecrets, SlotWrite, TestVector
 from grid.peers import buckets, deadlines, pulse, reconnect
 from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.reconnect import Reconnector
-from tests.grid.peers.loopback import SPACE, Storage, storage, until
+from tests.grid.peers.loopback import SPACE, Relay, Storage, storage, until
 
 SI = bytes(range(16))
 LEASE = LeaseSecrets(renew=b"r" * 32, cancel=b"c" * 32)
@@ -201,6 +201,27 @@ async def test_a_server_that_hangs_is_noticed_and_recovers() -> None:
         assert server.connected
         peer.service.awake.set()
         await until(lambda: server.responsive)
+
+
+async def test_a_connection_that_died_silently_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server still believes in the old connection; the uploads that came over it must not block new ones."""
+    monkeypatch.setattr(pulse, "DEAD_AFTER_S", 0.1)
+    monkeypatch.setattr(deadlines, "GET_VERSION_TIMEOUT_S", 0.5)
+    async with storage() as peer, trio.open_nursery() as nursery:
+        relay = Relay(nursery, peer.listener.port)
+        await relay.start()
+        fields = peer.fields(**{"anonymous-storage-FURL": peer.furl.replace(str(peer.listener.port), str(relay.port))})
+        server = FoolscapStorageServer(from_mapping("v0-x", fields), keepalive_s=240)
+        nursery.start_soon(server.run, Reconnector(), trio.CapacityLimiter(8))
+        await until(lambda: server.connected)
+        canary = (await writer_of(server, 10), peer.service.calls[0][3])[1]
+        relay.freeze()
+        with pytest.raises(PeerError):
+            await server.get_buckets(SI)
+        await until(lambda: server.connected)
+        assert await server.get_buckets(SI) == {}
+        await until(lambda: canary.is_lost)
+        nursery.cancel_scope.cancel()
 
 
 async def test_every_call_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
