@@ -79,6 +79,7 @@ class MutableFileNode:
         self._verifier = ShareVerifier(cap.fingerprint)
         self._lock = trio.Lock()  # held over a whole update: writers of this process take turns
         self._map: ServerMap | None = None  # from our last publish or update
+        self._holders: frozenset[str] = frozenset()  # server ids where shares were seen
         self._latest: MutableHeader | None = None  # highest version we read or wrote
 
     def __repr__(self) -> str:
@@ -146,22 +147,25 @@ class MutableFileNode:
 
     async def download(self, target: IDownloadTarget) -> Any:
         """The whole contents; a mutable file that is replaced meanwhile is never mixed with the new version."""
-        try:
-            data = await self.download_to_data()
+        with trio.CancelScope() as scope:
+            target.register_canceller(scope.cancel)
+            try:
+                data = await self.download_to_data()
+            except GridError as error:
+                target.fail(error)
+                raise
             target.open(len(data))
             await target.write(data)
             target.close()
-        except Exception as error:
-            target.fail(error)
-            raise
-        return target.finish()
+        return None if scope.cancelled_caught else target.finish()
 
     async def _make_map(self, mode: MapMode) -> ServerMap:
         want_key = self._keys is None and mode is not MapMode.READ
-        request = MapRequest.of_cap(self._cap, self._access.k, self._access.n, want_key=want_key)
+        request = MapRequest.of_cap(self._cap, self._access.k, self._access.n, want_key=want_key, holders=self._holders)
         servermap = await update_servermap(self._access.broker, request, mode, verifier=self._verifier)
         if servermap.keys is not None:
             self._keys = servermap.keys
+        self._holders |= servermap.holders()
         return servermap
 
     def _version(self, servermap: ServerMap, ours_failed: frozenset[bytes] = frozenset()) -> MutableVersion:

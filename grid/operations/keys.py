@@ -26,7 +26,7 @@ from grid.formats import hashutil
 
 log = logging.getLogger(__name__)
 
-KEYS_AHEAD_MAX: Final = 16
+KEYS_AHEAD_MAX: Final = 32
 KEY_WORKERS: Final = 2
 PRIVATE_KEY_BYTES_MAX: Final = 4096  # a real one is 1216 to 1219 bytes; the field in a share has no limit of its own
 

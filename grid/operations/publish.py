@@ -44,7 +44,7 @@ from grid.interfaces import IStorageBroker, IStorageServer, SlotWrite, TestVecto
 from grid.operations.keys import MutableKeys
 from grid.operations.leases import Secrets
 from grid.operations.responsiveness import responsiveness_of
-from grid.operations.servermap import ServerMap, ShareKey
+from grid.operations.servermap import KNOWN_LATE, ServerMap, ShareKey
 from grid.operations.slot_share import FoundShare
 from grid.operations.worker import run_cpu_work
 
@@ -245,10 +245,8 @@ class _Publisher:
             for _ in range(min(CALLS_IN_FLIGHT, len(calls))):
                 nursery.start_soon(lane)
             while waiting:
-                # as long again as the others took: a slow line is given time, a dead one is not waited for
-                now = trio.current_time()
                 enough = len({number for _, number in self._placed}) >= self._version.header.k
-                limit = now + max(STRAGGLER_S, now - started) if enough else float("inf")
+                limit = self._straggler_limit(started, calls, waiting) if enough else float("inf")
                 with trio.move_on_at(limit) as scope:
                     waiting.discard(id(await receive.receive()))
                 if scope.cancelled_caught:
@@ -259,6 +257,12 @@ class _Publisher:
                 self._responsiveness.late(call.server.server_id)
                 log.info("publish: %s is too slow, its shares go elsewhere", call.server.name)
                 self._failures[call.server.server_id] = PeerTimeoutError(f"{call.server.name}: publish took too long")
+
+    def _straggler_limit(self, started: float, calls: Sequence[_Call], waiting: set[int]) -> float:
+        """As long again as the others took: a slow line is given time, a dead one is not waited for."""
+        now = trio.current_time()
+        known_late = all(self._responsiveness.is_late(call.server.server_id) for call in calls if id(call) in waiting)
+        return now + max(STRAGGLER_S * (KNOWN_LATE if known_late else 1), now - started)
 
     async def _write(self, call: _Call) -> None:
         server = call.server

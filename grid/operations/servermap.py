@@ -137,6 +137,10 @@ class ServerMap:
         """Distinct share numbers of the version with most of them."""
         return max((len({share.number for share in shares}) for shares in self.versions().values()), default=0)
 
+    def holders(self) -> frozenset[str]:
+        """Server ids."""
+        return frozenset(server_id for server_id, _ in self.shares)
+
     def complete(self, n: int) -> bool:
         """Whether every share number has a place."""
         return len({share.number for share in self.shares.values()}) == n
@@ -161,7 +165,7 @@ class MapRequest:
     k: int
     n: int
     writekey: bytes | None = field(default=None, repr=False)  # given: the private key is obtained too (WRITE, REPAIR)
-    holders: Collection[str] = ()  # server ids known to hold shares: always asked, and first
+    holders: Collection[str] = ()  # server ids known to hold shares: asked first
 
     @classmethod
     def of_cap(
@@ -307,8 +311,7 @@ class _Mapper:
         if self._mode.every_server:
             return len(self._servers)
         k, n = self._kn()
-        count = k + k if self._mode is MapMode.READ else n + k
-        return max(count, len(self._request.holders))
+        return k + k if self._mode is MapMode.READ else max(n + k, len(self._request.holders))
 
     def _to_ask(self) -> list[IStorageServer]:
         """The servers to ask now."""

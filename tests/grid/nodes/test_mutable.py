@@ -146,6 +146,53 @@ async def test_replaced_while_being_read() -> None:
     assert versions == [30_000, 40_000]
 
 
+async def test_known_holders_are_asked_first() -> None:
+    broker = MemoryBroker(40)
+    shares = encode_sdmf(b"far away", grid.keys(), seqnum=1, salt=bytes(16), k=3, n=10).shares
+    for number, server in enumerate(grid.permuted(broker)[30:]):
+        grid.put(server, number, shares[number])
+    node = reader(broker)
+    await node.download_to_data()
+    calls(broker)
+    assert await node.download_to_data() == b"far away"
+    assert calls(broker) == {"slot_readv": 6}
+
+
+class Target:
+    """IDownloadTarget that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def open(self, size: int) -> None:
+        self.told.append(size)
+
+    async def write(self, data: bytes | memoryview) -> None:
+        self.told.append(bytes(data))
+
+    def close(self) -> None:
+        self.told.append("closed")
+
+    def fail(self, why: Exception) -> None:
+        self.told.append(type(why))
+
+    def register_canceller(self, cb: object) -> None:
+        pass
+
+    def finish(self) -> str:
+        return "finished"
+
+
+async def test_download_to_a_target() -> None:
+    broker = MemoryBroker(10)
+    target = Target()
+    with pytest.raises(NotEnoughSharesError):
+        await reader(broker).download(target)
+    await grid.created(broker, b"contents")
+    assert await reader(broker).download(target) == "finished"
+    assert target.told == [NotEnoughSharesError, 8, b"contents", "closed"]
+
+
 async def test_a_version_once_seen_is_not_forgotten() -> None:
     """The first servers lag behind: whoever knows of a newer version looks further."""
     broker = MemoryBroker(20)

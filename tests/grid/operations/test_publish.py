@@ -13,7 +13,7 @@ from grid.errors import NotEnoughServersError, RemoteFailure, UncoordinatedWrite
 from grid.formats.mutable_share import parse_header
 from grid.interfaces import SlotSecrets, SlotWrite
 from grid.operations.publish import STRAGGLER_S, encode_sdmf, publish
-from grid.operations.servermap import MapMode, MapRequest, ServerMap, update_servermap
+from grid.operations.servermap import KNOWN_LATE, MapMode, MapRequest, ServerMap, update_servermap
 from tests import vectors
 from tests.grid.operations import mutable_grid as grid
 from tests.memory_server import MemoryBroker, MemoryServer
@@ -210,8 +210,14 @@ async def test_a_server_known_to_hang_gets_no_new_shares(autojump_clock: trio.te
     for server in broker.servers:
         server.slots.clear()
     began = trio.current_time()
-    assert (await put(broker, b"contents", None)).complete(10)
+    placed = await put(broker, b"contents", None)
+    assert placed.complete(10)
     assert trio.current_time() == began
+    grid.permuted(broker)[1].pause()  # it holds a share, and a read has found it hanging
+    await make_map(broker, MapMode.READ)
+    began = trio.current_time()
+    assert (await put(broker, b"more", placed)).complete(10)
+    assert trio.current_time() - began == pytest.approx(STRAGGLER_S * KNOWN_LATE)
 
 
 async def test_fewer_than_k_shares_is_a_failure() -> None:
