@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import trio
 
-from grid.errors import GridError, NotEnoughServersError
+from grid.errors import GridError, NotEnoughServersError, PeerTimeoutError
 from grid.interfaces import IEncryptedUploadable
 from grid.operations.happiness import happiness
 from grid.operations.push import IShareholder, SharePusher, abort_all, watch_for_stalls
@@ -69,6 +69,11 @@ class Encoder:
     def sharemap(self) -> dict[int, frozenset[str]]:
         """{share number: server ids} of what is, or will be, stored."""
         return {number: frozenset(servers) for number, servers in self._sharemap.items() if servers}
+
+    @property
+    def stalled_servers(self) -> set[str]:
+        """Ids of servers whose shares were dropped because they did not answer."""
+        return {pusher.writer.server_id for pusher in self._pushers if isinstance(pusher.failed, PeerTimeoutError)}
 
     async def start(self) -> tuple[bytes, int, int, int]:
         """(UEB hash, k, n, size). Raises NotEnoughServersError when happiness is lost on the way.

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 QUERY_TIMEOUT_S: Final = 15.0  # for one server's answer
 STRAGGLER_TIMEOUT_S: Final = 4.0  # ours: more time for the slower half once half have answered
-SUSPECT_S: Final = 60.0  # ours: a server that was late is asked last for this long
+SUSPECT_S: Final = 60.0  # ours: a server that was late is left out for this long, while there are enough others
 ROUNDS_MAX: Final = 20  # ours
 
 
@@ -78,7 +78,8 @@ class ServerSelector:
         self._suspects = suspects
         self._spec = spec
         permitted = [s for s in broker.get_permuted_servers(spec.storage_index) if broker.permits_upload(s)]
-        candidates = sorted(permitted, key=lambda s: s.server_id in suspects)[: 2 * spec.n]
+        prompt = [server for server in permitted if server.server_id not in suspects]
+        candidates = (prompt if len(prompt) >= spec.happy else permitted)[: 2 * spec.n]
         self._servers = {server.server_id: server for server in candidates}
         fits = {s.server_id: s.maximum_immutable_share_size >= spec.share_size for s in candidates}
         self._writeable = [server_id for server_id in self._servers if fits[server_id]]

@@ -20,8 +20,8 @@ from grid.operations.segment_encoder import EncodedTail
 log = logging.getLogger(__name__)
 
 LAG_SEGMENTS_MAX: Final = 2  # blocks a share's queue holds: bounds memory to a few segments
-PROGRESS_TIMEOUT_S: Final = 120.0  # no write to a server takes longer than this, however slow everything is
-STALL_TIMEOUT_S: Final = 10.0  # nor longer than this while most others have nothing left to do …
+PROGRESS_TIMEOUT_S: Final = 600.0  # no write to a server takes longer than this, however slow everything is
+STALL_TIMEOUT_S: Final = 20.0  # nor longer than this while most others have nothing left to do …
 STALL_FACTOR: Final = 3.0  # … and than this many times their slowest write
 WATCH_INTERVAL_S: Final = 1.0
 ABORT_TIMEOUT_S: Final = 3.0

@@ -109,7 +109,11 @@ class Uploader:
             for number, (server, writer) in selection.writers.items()
         }
         encoder.set_shareholders(shareholders, selection.existing)
-        ueb_hash, k, n, size = await encoder.start()
+        try:
+            ueb_hash, k, n, size = await encoder.start()
+        finally:
+            for server_id in encoder.stalled_servers:
+                self._suspects.add(server_id)
         if ask_first:
             await self._renew_leases(storage_index, selection)
         preexisting = len(selection.existing.keys())
