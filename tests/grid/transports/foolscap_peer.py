@@ -59,9 +59,7 @@ class Target(Referenceable):
     def remote_call_me(self, reference, method, arguments):
         """Call the caller back, and answer with its answer, or the type name of its error."""
         call = reference.callRemote(method, *arguments)
-        call.addErrback(
-            lambda failure: "error " + (failure.type if isinstance(failure.type, str) else str(failure.type))
-        )
+        call.addErrback(lambda failure: f"error {failure.type} {failure.value} {failure.parents}")
         return call
 
     def remote_call_in_order(self, reference, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any, ClassVar
 
@@ -362,7 +363,5 @@ def test_damaged_recordings_raise_the_protocol_error_or_nothing(messages: list[b
     damaged = bytearray(b"".join(messages))
     for _ in range(data.draw(st.integers(0, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(RemoteProtocolError):
         core.receive_data(bytes(damaged))
-    except RemoteProtocolError:
-        pass

@@ -121,7 +121,7 @@ class Replay:
         return None
 
     def check_events(self, tree: Any, events: list[Any]) -> None:
-        if not is_sequence(tree) or tree[3] == 0 and tree[1] == "b:call":
+        if not is_sequence(tree) or (tree[3] == 0 and tree[1] == "b:call"):
             assert events == []
         elif tree[1] == "b:call":
             if mentions(tree, ABORTED) or mentions(tree, "b:their-reference"):
