@@ -1,0 +1,111 @@
+"""A process that mounts the VFS over the twin in memory: `python -m tests.tahoefs.memory_mount DIR [-o OPTIONS]`.
+
+Says "ready" on standard output once the kernel answers; ends when unmounted or on SIGTERM, with a line of JSON that
+counts faults. Names that begin with `fault-` or `hang-` make their lookup raise, or never answer. The root holds:
+
+    dir-immutable/file    dir-readonly/file    mutable.txt    mutable-readonly.txt    unknown    literal.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+import trio
+
+from grid.formats.caps import DirectoryCap, LiteralCap, SDMFReadCap, SDMFWriteCap, UnknownCap
+from tahoefs import fuse
+from tahoefs.options import MountOptions
+from tahoefs.vfs import VFS, Stat
+from tests.tahoefs.memory_workspace import MemoryDirectory, MemoryWorkspace, pages_of
+
+FINGERPRINT = bytes(32)
+IMMUTABLE_DIRECTORY = DirectoryCap(LiteralCap(b"an immutable directory"))
+READONLY_DIRECTORY = DirectoryCap(SDMFReadCap(b"r" * 16, FINGERPRINT))
+MUTABLE_FILE = SDMFWriteCap(b"w" * 16, FINGERPRINT)
+READONLY_MUTABLE_FILE = SDMFReadCap(b"o" * 16, FINGERPRINT)
+
+
+def scenario(*, readonly: bool = False) -> MemoryWorkspace:
+    workspace = MemoryWorkspace(MemoryDirectory(readonly=readonly), readonly=readonly)
+    for name, cap, directory in (
+        ("dir-immutable", IMMUTABLE_DIRECTORY, MemoryDirectory(IMMUTABLE_DIRECTORY, readonly=True, immutable=True)),
+        ("dir-readonly", READONLY_DIRECTORY, MemoryDirectory(READONLY_DIRECTORY, readonly=True)),
+    ):
+        directory.put("file", LiteralCap(b"not to be changed\n"))
+        workspace.directories[cap] = directory
+        workspace.root.put(name, cap)
+    workspace.files[MUTABLE_FILE] = pages_of(b"first\n")
+    workspace.files[READONLY_MUTABLE_FILE] = pages_of(b"only to read\n")
+    workspace.root.put("mutable.txt", MUTABLE_FILE, {"foreign": [1, 2]})
+    workspace.root.put("mutable-readonly.txt", READONLY_MUTABLE_FILE)
+    workspace.root.put("unknown", UnknownCap(None, "ro.x-future:cap", None))
+    workspace.root.put("literal.txt", LiteralCap(b"literal\n"), {"tahoe": {"linkmotime": 1234567890.5}})
+    return workspace
+
+
+class FaultyVFS(VFS):
+    async def lookup(self, parent_number: int, raw: bytes) -> Stat:
+        if raw.startswith(b"fault-"):
+            raise ValueError("a bug, made for a test")
+        if raw.startswith(b"hang-"):
+            await trio.sleep_forever()
+        return await super().lookup(parent_number, raw)
+
+
+async def run(mountpoint: str, options: MountOptions, workspace: MemoryWorkspace) -> None:
+    vfs = FaultyVFS(workspace, options=options)
+    async with trio.open_nursery() as nursery:
+        operations = None
+
+        async def serve(*, task_status: trio.TaskStatus[fuse.TahoeOperations]) -> None:
+            await fuse.serve(vfs, mountpoint, options, "memory:test,label", task_status=task_status)
+            nursery.cancel_scope.cancel()
+
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            operations = await nursery.start(serve)
+            print("ready", flush=True)
+            nursery.start_soon(_cancel_at_signal, signals, nursery.cancel_scope)
+            await trio.sleep_forever()
+    assert operations is not None
+    counts = {
+        "faults": operations.faults,
+        "timeouts": operations.timeouts,
+        "inodes": len(vfs.table),
+        "handles": len(vfs.handles),
+        "calls": workspace.calls,
+    }
+    print(json.dumps(counts), flush=True)
+
+
+async def _cancel_at_signal(signals: object, scope: trio.CancelScope) -> None:
+    async for _ in signals:  # type: ignore[attr-defined]
+        scope.cancel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mountpoint")
+    parser.add_argument("-o", dest="options", default="")
+    parser.add_argument("--ro-root", action="store_true")
+    parser.add_argument("--profile")
+    arguments = parser.parse_args()
+    os.umask(0o022)
+    options = MountOptions.parse([arguments.options])
+    workspace = scenario(readonly=arguments.ro_root)
+    if arguments.profile:
+        import cProfile
+
+        with cProfile.Profile() as profile:
+            trio.run(run, arguments.mountpoint, options, workspace)
+        profile.dump_stats(arguments.profile)
+    else:
+        trio.run(run, arguments.mountpoint, options, workspace)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

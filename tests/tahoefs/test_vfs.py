@@ -1,0 +1,645 @@
+"""What the VFS promises, over the twin in memory: no kernel, no grid."""
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from attrs import frozen
+
+from grid.errors import ConnectionLostError, GridError
+from grid.formats.caps import CHKReadCap, LiteralCap, UnknownCap
+from tahoefs.errnos import FSError
+from tahoefs.options import MountOptions
+from tahoefs.vfs import VFS, Changes
+from tests.tahoefs.memory_mount import IMMUTABLE_DIRECTORY, MUTABLE_FILE, scenario
+from tests.tahoefs.memory_workspace import MemoryDirectory, MemoryFile, MemoryWorkspace, hang, pages_of
+
+ROOT = 1
+OPTIONS = MountOptions(uid=0, gid=0, umask=0o022)
+
+
+@frozen
+class Person:
+    uid: int = 0
+    gid: int = 0
+    pid: int = 1
+    umask: int = 0o022
+
+
+ME = Person()
+OTHER = Person(uid=4242, gid=4242)
+
+
+def make_vfs(workspace: MemoryWorkspace | None = None, **options: object) -> VFS:
+    return VFS(workspace or scenario(), options=MountOptions(**{"uid": 0, "gid": 0, "umask": 0o022, **options}))
+
+
+def workspace_of(vfs: VFS) -> MemoryWorkspace:
+    assert isinstance(vfs.workspace, MemoryWorkspace)
+    return vfs.workspace
+
+
+@asynccontextmanager
+async def refused(number: int) -> AsyncIterator[None]:
+    with pytest.raises(FSError) as caught:
+        yield
+    assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
+
+
+async def create(vfs: VFS, name: bytes, data: bytes = b"", *, flags: int = os.O_RDWR) -> tuple[int, int]:
+    handle, _, found = await vfs.create(ROOT, name, 0o644, flags, ME)
+    if data:
+        await vfs.write(handle, 0, data)
+    return handle, found.number
+
+
+async def close(vfs: VFS, handle: int) -> None:
+    await vfs.flush(handle)
+    await vfs.release(handle)
+
+
+async def names(vfs: VFS, number: int = ROOT) -> set[bytes]:
+    handle = await vfs.opendir(number)
+    listed = {name for name, *_ in await vfs.readdir(handle, 0)}
+    await vfs.releasedir(handle)
+    return listed - {b".", b".."}
+
+
+async def contents(vfs: VFS, name: bytes) -> bytes:
+    found = await vfs.lookup(ROOT, name)
+    handle, _ = await vfs.open(found.number, os.O_RDONLY, ME)
+    data = await vfs.read(handle, 0, 1 << 20)
+    await vfs.release(handle)
+    return data
+
+
+# --- open files
+
+
+async def test_a_new_file_is_seen_at_once_and_stored_once_by_the_last_close() -> None:
+    vfs = make_vfs()
+    first, number = await create(vfs, b"new", b"12345")
+    assert b"new" in await names(vfs)
+    assert (await vfs.lookup(ROOT, b"new")).size == 5
+    assert workspace_of(vfs).root.get("new") is None
+    second, _ = await vfs.open(number, os.O_WRONLY, ME)
+    await close(vfs, first)
+    assert workspace_of(vfs).calls["store"] == 0, "another handle still writes"
+    await vfs.write(second, 5, b"678")
+    await close(vfs, second)
+    assert workspace_of(vfs).calls["store"] == 1
+    assert (await vfs.getattr(number)).size == 8
+    assert await contents(vfs, b"new") == b"12345678"
+
+
+async def test_a_reading_handle_sees_what_another_writes_and_then_what_was_stored() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    reader, _ = await vfs.open(number, os.O_RDONLY, ME)
+    assert await vfs.read(reader, 0, 100) == b"literal\n"
+    writer, _ = await vfs.open(number, os.O_WRONLY, ME)
+    await vfs.write(writer, 0, b"LITE")
+    assert await vfs.read(reader, 0, 100) == b"LITEral\n"
+    await close(vfs, writer)
+    assert await vfs.read(reader, 0, 100) == b"LITEral\n"
+
+
+async def test_a_read_while_the_file_is_being_stored_waits_and_succeeds() -> None:
+    vfs = make_vfs()
+    handle, _ = await create(vfs, b"new", b"data")
+    under_way, go_on = trio.Event(), trio.Event()
+
+    async def slow_store() -> None:
+        under_way.set()
+        await go_on.wait()
+
+    workspace_of(vfs).faults["store"] = slow_store
+    read: list[bytes] = []
+
+    async def reader() -> None:
+        read.append(await vfs.read(handle, 0, 10))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(vfs.flush, handle)
+        await under_way.wait()
+        nursery.start_soon(reader)
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+    assert read == [b"data"]
+
+
+async def test_appends_of_two_handles_never_overlap() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"log", flags=os.O_WRONLY | os.O_APPEND)
+    other, _ = await vfs.open(number, os.O_WRONLY | os.O_APPEND, ME)
+    async with trio.open_nursery() as nursery:
+        for which in (handle, other) * 20:
+            nursery.start_soon(vfs.write, which, 0, b"line\n")
+    await close(vfs, handle)
+    await close(vfs, other)
+    assert await contents(vfs, b"log") == b"line\n" * 40
+
+
+async def test_open_with_truncate_stores_even_if_nothing_is_written() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    handle, _ = await vfs.open(number, os.O_WRONLY | os.O_TRUNC, ME)
+    await close(vfs, handle)
+    assert (await vfs.getattr(number)).size == 0
+    assert workspace_of(vfs).calls["open_contents"] == 0, "what is cut away is not fetched"
+
+
+async def test_only_kept_bytes_of_the_base_count_when_a_path_is_truncated() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    found = await vfs.setattr(number, Changes(size=3), None, ME)
+    assert found.size == 3
+    await vfs.setattr(number, Changes(size=5), None, ME)
+    assert await contents(vfs, b"literal.txt") == b"lit\0\0"
+    assert workspace_of(vfs).calls["store"] == 2
+
+
+async def test_a_size_beyond_what_can_be_is_refused() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"big")
+    await vfs.setattr(number, Changes(size=1 << 49), handle, ME)
+    async with refused(errno.EFBIG):
+        await vfs.setattr(number, Changes(size=(1 << 50) + 1), handle, ME)
+    async with refused(errno.EFBIG):
+        await vfs.write(handle, (1 << 50) - 1, b"xx")
+
+
+async def test_a_mutable_file_is_replaced_in_place_and_its_time_noted() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"mutable.txt")).number
+    handle, _ = await vfs.open(number, os.O_WRONLY | os.O_APPEND, ME)
+    await vfs.write(handle, 0, b"second\n")
+    await close(vfs, handle)
+    entry = workspace_of(vfs).root.get("mutable.txt")
+    assert entry is not None and entry.target == MUTABLE_FILE
+    assert entry.metadata["foreign"] == [1, 2]
+    assert entry.metadata["tahoefs"]["mtime_ns"] > 0
+    assert await contents(vfs, b"mutable.txt") == b"first\nsecond\n"
+
+
+async def test_when_storing_fails_the_close_says_so_and_the_data_is_kept_for_the_next_try() -> None:
+    vfs = make_vfs()
+    handle, _ = await create(vfs, b"new", b"precious")
+    workspace_of(vfs).faults["store"] = GridError("no room")
+    with pytest.raises(GridError):
+        await vfs.flush(handle)
+    assert await vfs.read(handle, 0, 100) == b"precious"
+    await vfs.fsync(handle)
+    await close(vfs, handle)
+    assert await contents(vfs, b"new") == b"precious"
+
+
+async def test_a_new_file_that_could_never_be_stored_is_gone_after_its_last_close() -> None:
+    vfs = make_vfs()
+    handle, _ = await create(vfs, b"new", b"lost")
+    for _ in range(2):
+        workspace_of(vfs).faults["store"] = GridError("no room")
+        with pytest.raises(GridError):
+            await (vfs.flush(handle) if handle in vfs.handles and _ == 0 else vfs.release(handle))
+    assert b"new" not in await names(vfs)
+    assert not vfs.handles
+
+
+async def test_a_failed_upload_is_reported_by_the_next_fsync() -> None:
+    vfs = make_vfs()
+    handle, _ = await create(vfs, b"new", b"data")
+    await vfs.flush(handle)
+    entry = workspace_of(vfs).root.get("new")
+    assert entry is not None and isinstance(entry.target, MemoryFile)
+    entry.target.state = "failed"
+    async with refused(errno.EIO):
+        await vfs.fsync(handle)
+    entry.target.state = "stored"
+    await vfs.fsync(handle)
+
+
+async def test_durability_grid_waits_and_journal_does_not() -> None:
+    for durability, waits in (("journal", 0), ("grid", 4)):
+        vfs = make_vfs(durability=durability)
+        handle, _ = await create(vfs, b"new", b"data")
+        await vfs.flush(handle)  # one
+        await vfs.fsync(handle)  # two
+        await vfs.release(handle)
+        await vfs.mkdir(ROOT, b"dir", 0o755, ME)  # three
+        await vfs.rename(ROOT, b"new", ROOT, b"newer")  # four
+        assert workspace_of(vfs).calls["wait"] == waits
+
+
+async def test_what_is_still_open_when_the_mount_ends_is_stored() -> None:
+    vfs = make_vfs()
+    await create(vfs, b"new", b"data")
+    await vfs.store_all()
+    assert workspace_of(vfs).root.get("new") is not None
+
+
+# --- names
+
+
+async def test_unlinked_while_open_lives_on_and_is_stored_nowhere() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"temporary", b"data")
+    await vfs.unlink(ROOT, b"temporary")
+    await vfs.write(handle, 4, b" more")
+    assert (await vfs.getattr(number)).nlink == 0
+    assert await vfs.read(handle, 0, 100) == b"data more"
+    await close(vfs, handle)
+    assert workspace_of(vfs).calls["store"] == 0
+    assert b"temporary" not in await names(vfs)
+
+
+async def test_renamed_while_open_is_stored_under_its_new_name() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"old", b"data")
+    await vfs.rename(ROOT, b"old", ROOT, b"new")
+    await vfs.write(handle, 4, b" more")
+    await close(vfs, handle)
+    assert await names(vfs) & {b"old", b"new"} == {b"new"}
+    assert await contents(vfs, b"new") == b"data more"
+    assert (await vfs.lookup(ROOT, b"new")).number == number
+
+
+async def test_a_file_closed_while_it_is_unlinked_does_not_come_back() -> None:
+    vfs = make_vfs()
+    handle, _ = await create(vfs, b"racing", b"data")
+    await vfs.fsync(handle)
+    await vfs.write(handle, 0, b"DATA")
+    under_way = trio.Event()
+
+    async def slow_unlink() -> None:
+        under_way.set()
+        await trio.testing.wait_all_tasks_blocked()
+
+    workspace_of(vfs).faults["unlink"] = slow_unlink
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(vfs.unlink, ROOT, b"racing")
+        await under_way.wait()
+        nursery.start_soon(vfs.flush, handle)
+    assert workspace_of(vfs).root.get("racing") is None
+
+
+async def test_rename_over_keeps_the_replaced_file_for_who_has_it_open() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"target", b"old")
+    await vfs.fsync(handle)
+    other, _ = await create(vfs, b"source", b"new")
+    await close(vfs, other)
+    await vfs.rename(ROOT, b"source", ROOT, b"target")
+    assert await vfs.read(handle, 0, 10) == b"old"
+    assert (await vfs.getattr(number)).nlink == 0
+    assert await contents(vfs, b"target") == b"new"
+
+
+async def test_exchange_swaps_and_numbers_follow() -> None:
+    vfs = make_vfs()
+    for name in (b"a", b"b"):
+        handle, _ = await create(vfs, name, name)
+        await close(vfs, handle)
+    a, b = [(await vfs.lookup(ROOT, name)).number for name in (b"a", b"b")]
+    await vfs.rename(ROOT, b"a", ROOT, b"b", 2)
+    assert [(await vfs.lookup(ROOT, name)).number for name in (b"a", b"b")] == [b, a]
+    assert await contents(vfs, b"a") == b"b"
+    async with refused(errno.ENOENT):
+        await vfs.rename(ROOT, b"a", ROOT, b"none", 2)
+
+
+async def test_a_directory_cannot_come_to_stand_below_itself() -> None:
+    vfs = make_vfs()
+    above = (await vfs.mkdir(ROOT, b"above", 0o755, ME)).number
+    below = (await vfs.mkdir(above, b"below", 0o755, ME)).number
+    async with refused(errno.EINVAL):
+        await vfs.rename(ROOT, b"above", below, b"x")
+
+
+async def test_a_directory_that_contains_itself_is_shown_not_entered_and_can_be_removed() -> None:
+    vfs = make_vfs()
+    above = (await vfs.mkdir(ROOT, b"above", 0o755, ME)).number
+    directory = workspace_of(vfs).root.names["above"].target
+    directory.put("loop", directory)
+    found = await vfs.lookup(above, b"loop")
+    assert stat.S_ISDIR(found.mode) and found.number != above
+    async with refused(errno.ELOOP):
+        await vfs.opendir(found.number)
+    await vfs.rmdir(above, b"loop")
+    await vfs.rmdir(ROOT, b"above")
+
+
+async def test_names_are_nfc_and_bounded() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, "e\u0301".encode())
+    await close(vfs, handle)
+    assert workspace_of(vfs).root.get("\u00e9") is not None
+    found = await vfs.lookup(ROOT, "e\u0301".encode())
+    assert (found.number, found.entry_timeout_s) == (number, 0.0)
+    async with refused(errno.ENAMETOOLONG):
+        await vfs.lookup(ROOT, b"x" * 256)
+    async with refused(errno.ENAMETOOLONG):
+        await vfs.create(ROOT, "\u0344".encode() * 100, 0o644, os.O_RDWR, ME)  # fits only before it is normalised
+    async with refused(errno.ENOENT):
+        await vfs.lookup(ROOT, b"\xff")
+    async with refused(errno.EILSEQ):
+        await vfs.mkdir(ROOT, b"\xff", 0o755, ME)
+
+
+async def test_names_no_program_can_hold_are_left_out_but_keep_a_directory_from_being_empty() -> None:
+    vfs = make_vfs()
+    number = (await vfs.mkdir(ROOT, b"dir", 0o755, ME)).number
+    directory = workspace_of(vfs).root.names["dir"].target
+    for name in ("a/b", "..", "", "x" * 256):
+        directory.put(name, LiteralCap(b""))
+    assert await names(vfs, number) == set()
+    async with refused(errno.ENOTEMPTY):
+        await vfs.rmdir(ROOT, b"dir")
+
+
+async def test_listing_is_stable_while_names_come_and_go() -> None:
+    vfs = make_vfs()
+    number = (await vfs.mkdir(ROOT, b"dir", 0o755, ME)).number
+    directory = workspace_of(vfs).root.names["dir"].target
+    for index in range(10):
+        directory.put(f"{index}", LiteralCap(b""))
+    handle = await vfs.opendir(number)
+    first = list(await vfs.readdir(handle, 0))[:6]
+    taken, offset = [name for name, *_ in first], first[-1][2]
+    await vfs.unlink(number, b"1")  # before the place we are at
+    await vfs.unlink(number, b"7")  # after it
+    directory.put("55", LiteralCap(b""))
+    taken += [name for name, *_ in await vfs.readdir(handle, offset)]
+    assert taken == [b".", b"..", b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"8", b"9"]
+    rewound = [name for name, *_ in await vfs.readdir(handle, 0)]
+    assert rewound == [b".", b"..", b"0", b"2", b"3", b"4", b"5", b"55", b"6", b"8", b"9"]
+
+
+async def test_forgotten_inodes_are_freed_and_come_back_with_their_number() -> None:
+    vfs = make_vfs()
+    directory = (await vfs.mkdir(ROOT, b"dir", 0o755, ME)).number
+    child = (await vfs.mkdir(directory, b"child", 0o755, ME)).number
+    for _ in range(3):
+        await vfs.lookup(directory, b"child")
+    vfs.forget([(directory, 1)])
+    assert vfs.table.find(directory) is not None, "the child needs it"
+    vfs.forget([(child, 3)])
+    assert vfs.table.find(child) is not None
+    vfs.forget([(child, 1)])
+    assert len(vfs.table) == 1
+    assert (await vfs.lookup(ROOT, b"dir")).number == directory
+
+
+# --- other clients
+
+
+async def test_a_listing_that_cannot_be_refreshed_answers_from_the_one_there_is(autojump_clock: object) -> None:
+    workspace = scenario()
+    root = MemoryDirectory(cap=MUTABLE_FILE, names=workspace.root.names)
+    workspace.root = root
+    vfs = make_vfs(workspace)
+    assert (await vfs.lookup(ROOT, b"literal.txt")).number
+    workspace.faults["load"] = ConnectionLostError("gone")
+    assert (await vfs.lookup(ROOT, b"literal.txt")).number
+    workspace.faults["load"] = hang
+    assert (await vfs.lookup(ROOT, b"literal.txt")).number
+
+
+async def test_without_any_listing_the_error_shows(autojump_clock: object) -> None:
+    vfs = make_vfs(MemoryWorkspace(MemoryDirectory(cap=MUTABLE_FILE)))
+    workspace_of(vfs).faults["load"] = ConnectionLostError("gone")
+    with pytest.raises(ConnectionLostError):
+        await vfs.opendir(ROOT)
+    workspace_of(vfs).faults["load"] = hang
+    with pytest.raises(trio.TooSlowError):
+        await vfs.opendir(ROOT)
+
+
+async def test_a_file_replaced_elsewhere_while_open_stays_what_it_was() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    handle, _ = await vfs.open(number, os.O_RDONLY, ME)
+    workspace_of(vfs).root.put("literal.txt", LiteralCap(b"theirs"))
+    assert await vfs.read(handle, 0, 100) == b"literal\n"
+    assert (await vfs.lookup(ROOT, b"literal.txt")).number != number
+    assert (await vfs.getattr(number)).nlink == 0
+    assert await contents(vfs, b"literal.txt") == b"theirs"
+
+
+async def test_a_file_replaced_elsewhere_keeps_its_number_but_not_the_kernels_pages() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    for expected in (True, True, False, True):
+        if not expected:
+            workspace_of(vfs).root.put("literal.txt", LiteralCap(b"theirs"))
+        handle, keeps_pages = await vfs.open(number, os.O_RDONLY, ME)
+        await vfs.release(handle)
+        assert keeps_pages is expected
+    assert (await vfs.lookup(ROOT, b"literal.txt")).number == number
+
+
+async def test_pages_are_kept_over_our_own_close_and_upload() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"new", b"data")
+    await close(vfs, handle)
+    stored = workspace_of(vfs).root.names["new"]
+    cap = CHKReadCap(bytes(16), bytes(32), 3, 10, 4)
+    stored.target.cap = cap
+    workspace_of(vfs).root.put("new", cap, stored.metadata)
+    workspace_of(vfs).files[cap] = pages_of(b"data")
+    handle, keeps_pages = await vfs.open(number, os.O_RDONLY, ME)
+    assert keeps_pages
+    assert await vfs.read(handle, 0, 10) == b"data"
+
+
+async def test_a_name_removed_elsewhere_is_stale() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    workspace_of(vfs).root.drop("literal.txt")
+    async with refused(errno.ESTALE):
+        await vfs.getattr(number)
+    assert (await vfs.lookup(ROOT, b"literal.txt")).number == 0
+
+
+async def test_changes_elsewhere_are_told_to_the_kernel() -> None:
+    workspace = scenario()
+    workspace.root = MemoryDirectory(cap=MUTABLE_FILE, names=workspace.root.names)
+    vfs = make_vfs(workspace)
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    await vfs.lookup(ROOT, b"unknown")
+
+    async def theirs() -> None:
+        workspace.root.put("literal.txt", LiteralCap(b"theirs"))
+        workspace.root.drop("unknown")
+
+    workspace.faults["load"] = theirs
+    await vfs.lookup(ROOT, b"mutable.txt")
+    told = [vfs.invalidations.receive_nowait() for _ in range(2)]
+    assert {(each.number, each.name) for each in told} == {(number, None), (ROOT, b"unknown")}
+
+
+# --- attributes
+
+
+async def test_listing_and_stat_of_immutable_children_need_nothing_but_the_listing() -> None:
+    workspace = scenario()
+    workspace.root.put("chk", CHKReadCap(bytes(16), bytes(32), 3, 10, 123456))
+    vfs = make_vfs(workspace)
+    found = await vfs.lookup(ROOT, b"chk")
+    assert (found.size, (await vfs.getattr(found.number)).size) == (123456, 123456)
+    assert set(workspace.calls) <= {"load"}
+
+
+async def test_the_size_of_a_mutable_file_is_asked_for_by_stat_only() -> None:
+    vfs = make_vfs()
+    found = await vfs.lookup(ROOT, b"mutable.txt")
+    assert (found.attr_timeout_s, workspace_of(vfs).calls["size_of"]) == (0.0, 0)
+    assert (await vfs.getattr(found.number)).size == 6
+
+
+async def test_metadata_of_others_survives_chmod_and_utimens() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"mutable.txt")).number
+    found = await vfs.setattr(number, Changes(mode=0o400, uid=5, mtime_ns=123456789, atime_ns=42), None, ME)
+    assert (found.mode & 0o7777, found.uid, found.mtime_ns, found.atime_ns) == (0o400, 5, 123456789, 42)
+    metadata = workspace_of(vfs).root.names["mutable.txt"].metadata
+    assert metadata["foreign"] == [1, 2] and "no-write" not in metadata
+
+
+async def test_times_set_on_an_open_file_are_what_is_stored() -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"copy", b"data")
+    await vfs.setattr(number, Changes(mtime_ns=5, mode=0o600), handle, ME)
+    await close(vfs, handle)
+    found = await vfs.getattr(number)
+    assert (found.mtime_ns, found.mode & 0o7777) == (5, 0o600)
+    assert workspace_of(vfs).calls["set_metadata"] == 0, "it went with the contents"
+
+
+@pytest.mark.parametrize("name", [b"dir-immutable", b"dir-readonly"])
+async def test_what_the_cap_does_not_allow_is_refused_without_write_bits(name: bytes) -> None:
+    vfs = make_vfs()
+    directory = await vfs.lookup(ROOT, name)
+    file = await vfs.lookup(directory.number, b"file")
+    assert directory.mode & 0o222 == file.mode & 0o222 == 0
+    async with refused(errno.EACCES):
+        await vfs.open(file.number, os.O_WRONLY, ME)
+    async with refused(errno.EACCES):
+        await vfs.unlink(directory.number, b"file")
+    async with refused(errno.EACCES):
+        await vfs.setattr(file.number, Changes(mode=0o777), None, ME)
+    async with refused(errno.EACCES):
+        await vfs.create(directory.number, b"new", 0o644, os.O_RDWR, ME)
+
+
+async def test_a_read_only_mount_says_erofs() -> None:
+    for vfs in (make_vfs(read_only=True), make_vfs(scenario(readonly=True))):
+        number = (await vfs.lookup(ROOT, b"literal.txt")).number
+        async with refused(errno.EROFS):
+            await vfs.open(number, os.O_RDWR, ME)
+        async with refused(errno.EROFS):
+            await vfs.mkdir(ROOT, b"new", 0o755, ME)
+        async with refused(errno.EROFS):
+            await vfs.setattr(number, Changes(atime_ns=1), None, ME)
+
+
+async def test_an_unknown_cap_is_shown_moved_and_removed_but_not_opened() -> None:
+    vfs = make_vfs()
+    found = await vfs.lookup(ROOT, b"unknown")
+    assert (found.mode, found.size) == (stat.S_IFREG, 0)
+    async with refused(errno.EACCES):
+        await vfs.open(found.number, os.O_RDONLY, ME)
+    await vfs.rename(ROOT, b"unknown", ROOT, b"future")
+    assert isinstance(workspace_of(vfs).root.names["future"].target, UnknownCap)
+    await vfs.unlink(ROOT, b"future")
+
+
+async def test_kernel_timeouts_are_bounded_by_poll_where_others_may_write() -> None:
+    vfs = make_vfs(poll_s=2.5)
+    assert (await vfs.lookup(ROOT, b"literal.txt")).entry_timeout_s == 2.5
+    assert (await vfs.lookup(ROOT, b"none")).entry_timeout_s == 2.5
+    directory = (await vfs.lookup(ROOT, b"dir-immutable")).number
+    assert (await vfs.lookup(directory, b"file")).attr_timeout_s > 60
+    assert vfs.inode(directory).target == IMMUTABLE_DIRECTORY
+
+
+async def test_link_count_of_directories_counts_subdirectories() -> None:
+    vfs = make_vfs()
+    number = (await vfs.mkdir(ROOT, b"dir", 0o755, ME)).number
+    for name in (b"a", b"b"):
+        await vfs.mkdir(number, name, 0o755, ME)
+    assert (await vfs.getattr(number)).nlink == 4
+    await vfs.rmdir(number, b"a")
+    assert (await vfs.getattr(number)).nlink == 3
+    await vfs.rename(number, b"b", ROOT, b"b")
+    assert (await vfs.getattr(number)).nlink == 2
+
+
+# --- extended attributes
+
+
+async def test_caps_are_answered_to_who_mounts_and_to_root_but_not_listed() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"mutable.txt")).number
+    assert await vfs.getxattr(number, b"user.tahoe.cap", ME) == MUTABLE_FILE.to_string().encode()
+    assert await vfs.getxattr(number, b"user.tahoe.readcap", ME) == MUTABLE_FILE.readonly.to_string().encode()
+    assert await vfs.getxattr(number, b"user.tahoe.verifycap", ME) == MUTABLE_FILE.verifier.to_string().encode()
+    assert await vfs.getxattr(number, b"user.tahoe.kind", OTHER) == b"sdmf"
+    assert await vfs.getxattr(number, b"user.tahoe.state", OTHER) == b"stored"
+    async with refused(errno.EACCES):
+        await vfs.getxattr(number, b"user.tahoe.readcap", OTHER)
+    assert await vfs.listxattr(number) == []
+    async with refused(errno.EPERM):
+        await vfs.setxattr(number, b"user.tahoe.cap", b"x")
+
+
+async def test_no_write_cap_is_shown_without_write_access() -> None:
+    vfs = make_vfs(read_only=True)
+    number = (await vfs.lookup(ROOT, b"mutable.txt")).number
+    assert await vfs.getxattr(number, b"user.tahoe.cap", ME) == MUTABLE_FILE.readonly.to_string().encode()
+
+
+async def test_users_attributes_are_kept_within_their_bound() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    await vfs.setxattr(number, b"user.one", b"\0\xff")
+    await vfs.setxattr(number, b"user.two", b"2" * 60_000)
+    async with refused(errno.ENOSPC):
+        await vfs.setxattr(number, b"user.three", b"3" * 6_000)
+    assert await vfs.listxattr(number) == [b"user.one", b"user.two"]
+    assert await vfs.getxattr(number, b"user.one", OTHER) == b"\0\xff"
+    await vfs.removexattr(number, b"user.two")
+    async with refused(errno.ENODATA):
+        await vfs.removexattr(number, b"user.two")
+    for name in (b"system.posix_acl_access", b"security.x", b"trusted.x"):
+        async with refused(errno.EOPNOTSUPP):
+            await vfs.setxattr(number, name, b"x")
+    async with refused(errno.EOPNOTSUPP):
+        await vfs.getxattr(number, b"system.posix_acl_access", ME)
+    async with refused(errno.ENODATA):
+        await vfs.getxattr(number, b"security.capability", ME)
+
+
+async def test_symlinks_fifos_and_sockets_are_small_files_with_a_type() -> None:
+    vfs = make_vfs()
+    target = ("ü" * 100).encode()
+    link = await vfs.symlink(ROOT, b"link", target, ME)
+    assert stat.S_ISLNK(link.mode) and link.size == len(target)
+    assert await vfs.readlink(link.number) == target
+    assert stat.S_ISFIFO((await vfs.mknod(ROOT, b"fifo", stat.S_IFIFO | 0o600, ME)).mode)
+    assert stat.S_ISSOCK((await vfs.mknod(ROOT, b"socket", stat.S_IFSOCK | 0o600, ME)).mode)
+    async with refused(errno.EPERM):
+        await vfs.mknod(ROOT, b"device", stat.S_IFBLK | 0o600, ME)
+    async with refused(errno.EPERM):
+        await vfs.hard_link(link.number, ROOT, b"second")
+
+
+async def test_free_space_is_what_servers_said_and_never_nothing_known() -> None:
+    assert make_vfs().statfs().name_bytes_max == 255
+    assert make_vfs().statfs().blocks_free > 0
+    vfs = VFS(scenario(), options=OPTIONS, free_bytes=lambda: 1 << 30)
+    assert vfs.statfs().blocks_free * vfs.statfs().block_bytes == 1 << 30
