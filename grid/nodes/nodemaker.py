@@ -2,7 +2,8 @@
 
 Nodes are shared: the same cap gives the same node for as long as somebody holds it, and a directory's cap
 shares the node of its backing file. So writers in this process queue up at one lock, and what one learned of
-a file the other need not ask again.
+a file the other need not ask again. The nodes used last are held here, so that who looks at a directory
+every few seconds does not start anew each time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
 from attrs import field, frozen
+from cachetools import LRUCache
 
 from grid.errors import NotWriteableError, WrongKindError
 from grid.formats.caps import (
@@ -35,6 +37,8 @@ from grid.nodes.mutable import MutableAccess, MutableFileNode
 from grid.operations.keys import KeyPool
 from grid.operations.leases import Secrets
 from grid.operations.uploadables import DataUploadable
+
+NODES_KEPT: Final = 256
 
 MutableFormat = Literal["sdmf", "mdmf"]
 Children = Mapping[str, tuple[Cap, dict[str, Any]]]
@@ -89,6 +93,7 @@ class NodeMaker:
         self._convergence = convergence
         self._mutable_format = mutable_format
         self._nodes: WeakValueDictionary[Cap, Any] = WeakValueDictionary()
+        self._used_last: LRUCache[Cap, Any] = LRUCache(NODES_KEPT)
 
     def create_from_cap(self, cap: Cap | str) -> Any:
         """MutableFileNode, ImmutableFileNode, LiteralFileNode, DirectoryNode or UnknownNode. Never fails."""
@@ -101,6 +106,8 @@ class NodeMaker:
         node = self._nodes.get(cap)
         if node is None:
             node = self._nodes[cap] = self._make(cap)
+        if cap.is_mutable or cap.is_directory:
+            self._used_last[cap] = node
         return node
 
     def _make(self, cap: Cap) -> Any:

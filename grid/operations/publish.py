@@ -50,7 +50,9 @@ from grid.operations.worker import run_cpu_work
 
 log = logging.getLogger(__name__)
 
-STRAGGLER_S: Final = 3.0  # waited for the last servers, once the others are done; or as long as those took
+STRAGGLER_S: Final = 3.0  # waited for the next server once one is done; or as long as those took that are
+FIRST_ANSWER_S: Final = 15.0
+SLOW_BYTES_PER_S: Final = 64 << 10  # a line slower than this makes stragglers
 WRITE_TIMEOUT_S: Final = 120.0  # for one call: a share may be large and the line slow
 CALL_BYTES_MAX: Final = 8 << 20  # of shares that go to one server in one call
 CALLS_IN_FLIGHT: Final = 64
@@ -119,6 +121,7 @@ class _Call:
 
     server: IStorageServer
     writes: dict[int, SlotWrite]
+    size: int = 0  # bytes of shares
 
 
 async def publish(
@@ -245,8 +248,7 @@ class _Publisher:
             for _ in range(min(CALLS_IN_FLIGHT, len(calls))):
                 nursery.start_soon(lane)
             while waiting:
-                enough = len({number for _, number in self._placed}) >= self._version.header.k
-                limit = self._straggler_limit(started, calls, waiting) if enough else float("inf")
+                limit = self._straggler_limit(started, [call for call in calls if id(call) in waiting], len(calls))
                 with trio.move_on_at(limit) as scope:
                     waiting.discard(id(await receive.receive()))
                 if scope.cancelled_caught:
@@ -258,11 +260,14 @@ class _Publisher:
                 log.info("publish: %s is too slow, its shares go elsewhere", call.server.name)
                 self._failures[call.server.server_id] = PeerTimeoutError(f"{call.server.name}: publish took too long")
 
-    def _straggler_limit(self, started: float, calls: Sequence[_Call], waiting: set[int]) -> float:
-        """As long again as the others took: a slow line is given time, a dead one is not waited for."""
+    def _straggler_limit(self, started: float, waiting: Sequence[_Call], count: int) -> float:
+        """As long again as the others took: a slow line is given time, a dead server is not waited for."""
         now = trio.current_time()
-        known_late = all(self._responsiveness.is_late(call.server.server_id) for call in calls if id(call) in waiting)
-        return now + max(STRAGGLER_S * (KNOWN_LATE if known_late else 1), now - started)
+        grace_s = STRAGGLER_S if len(waiting) < count else FIRST_ANSWER_S
+        if all(self._responsiveness.is_late(call.server.server_id) for call in waiting):
+            grace_s *= KNOWN_LATE
+        transfer_s = sum(call.size for call in waiting) / SLOW_BYTES_PER_S  # all may go through one slow line
+        return now + max(grace_s + transfer_s, now - started)
 
     async def _write(self, call: _Call) -> None:
         server = call.server
@@ -319,15 +324,13 @@ class _Publisher:
 def _group(targets: Targets) -> list[_Call]:
     """One call a server; more if its shares are large."""
     by_server: dict[str, list[_Call]] = defaultdict(list)
-    sizes: dict[int, int] = {}
     for (server_id, number), (server, write) in sorted(targets.items(), key=lambda item: item[0]):
         size = sum(len(data) for _, data in write.data)
         calls = by_server[server_id]
-        if not calls or sizes[id(calls[-1])] + size > CALL_BYTES_MAX:
+        if not calls or calls[-1].size + size > CALL_BYTES_MAX:
             calls.append(_Call(server, {}))
-            sizes[id(calls[-1])] = 0
         calls[-1].writes[number] = write
-        sizes[id(calls[-1])] += size
+        calls[-1].size += size
     return _interleave(list(by_server.values()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import weakref
 from functools import cache
 from typing import Any
 
@@ -36,7 +37,7 @@ from grid.formats.netstring import netstring
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.immutable import ImmutableFileNode, LiteralFileNode
 from grid.nodes.mutable import MutableFileNode
-from grid.nodes.nodemaker import NodeMaker, UnknownNode
+from grid.nodes.nodemaker import NODES_KEPT, NodeMaker, UnknownNode
 from grid.operations.keys import KeyPool, MutableKeys, make_keys
 from grid.operations.upload import Uploader
 from grid.operations.uploadables import DataUploadable
@@ -63,7 +64,8 @@ def maker(broker: MemoryBroker, first_key: int = 0) -> NodeMaker:
 
 def elsewhere(broker: MemoryBroker, node: DirectoryNode) -> DirectoryNode:
     """The same directory as another client's."""
-    found = maker(broker).create_from_cap(node.cap)
+    nodes = maker(broker)
+    found = nodes.create_from_cap(node.cap)
     assert isinstance(found, DirectoryNode) and found is not node
     return found
 
@@ -400,11 +402,15 @@ async def test_nodes_are_shared_by_cap() -> None:
     assert nodes.create_from_cap(made_here.cap) is made_here
 
 
-async def test_nodes_that_nobody_holds_are_let_go() -> None:
+async def test_nodes_are_kept_for_a_while_and_not_for_ever() -> None:
     nodes = maker(MemoryBroker(1))
-    nodes.create_from_cap(DirectoryCap(FILE))
+    first = weakref.ref(nodes.create_from_cap(DirectoryCap(FILE)))
     gc.collect()
-    assert len(nodes._nodes) == 0
+    assert first() is nodes.create_from_cap(DirectoryCap(FILE))
+    for number in range(NODES_KEPT):
+        nodes.create_from_cap(SDMFReadCap(number.to_bytes(16, "big"), bytes(32)))
+    gc.collect()
+    assert first() is None
 
 
 async def test_no_mdmf_yet() -> None:
