@@ -1,0 +1,319 @@
+"""A directory as this mount sees it: the last listing from the grid, with pending changes laid over.
+
+Pure: no I/O, never awaits; so every method is atomic, and no lock guards this state. (`Directory.grid_lock` guards
+the conversation with the grid; only `cache/workspace.py` and `cache/committer.py` hold it, see there.)
+
+    base       name -> DirEntry      what was last read, or published by us
+    changes    name -> Change        one per name, the latest: add or replace, remove, or set metadata
+    view       the two together      what `get` and `entries` show
+
+A Change knows its *ancestors*: the caps (None for "no such name") that may stand under its name on the grid without
+anybody else having touched it: what was there when it was made, and whatever of ours was sent for that name since. If
+something else stands there, somebody else changed the name:
+
+    add or replace   both stay: ours moves to "NAME (conflict DATE NICKNAME).EXT"
+    remove, set      theirs stays, ours is dropped
+
+A Change may have to wait for others (`after`): a name that was moved away goes only once it is linked in its new place.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import trio
+from attrs import define, field, frozen
+
+from cache.pending import PendingFile
+from grid.formats.caps import Cap, DirectoryCap
+from grid.formats.directory import DirEntry, update_metadata
+
+Target: TypeAlias = "Cap | PendingFile | Directory"
+
+
+@frozen
+class Entry:
+    """One name in the view. `metadata` has Tahoe's own part (`tahoe`) too; treat it as constant."""
+
+    name: str
+    target: Target
+    metadata: dict[str, Any]
+
+
+class Kind(enum.Enum):
+    LINK = "link"  # add the name, or replace what it refers to
+    REMOVE = "remove"
+    METADATA = "metadata"  # set the metadata of what is there, whatever its cap
+
+
+@define(eq=False)
+class Change:
+    """What is to be done to one name. An effect in the journal; compared by identity."""
+
+    directory: Directory
+    name: str
+    kind: Kind
+    position: int  # of the oldest operation it stands for
+    when: float  # POSIX seconds
+    ancestors: tuple[Cap | None, ...] = field(repr=False)
+    target: Target | None = field(default=None, repr=False)  # of a LINK
+    metadata: dict[str, Any] | None = None  # of a LINK or METADATA: the whole new metadata
+    after: set[Change] = field(factory=set, repr=False)  # those that must be on the grid before this one is sent
+    waiting: set[Change] = field(factory=set, repr=False)  # those found waiting for this one
+    moved_to: Change | None = field(default=None, repr=False)  # the link that took this one's place, elsewhere
+    sent: bool = False  # it may be on the grid already
+    done: bool = False  # settled, one way or the other
+
+    @property
+    def cap(self) -> Cap | None:
+        """What a LINK's target is on the grid; None as long as it is not there."""
+        return None if self.target is None else cap_of(self.target)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it could be sent as far as its own target goes."""
+        return self.kind is not Kind.LINK or self.cap is not None
+
+    def accepts(self, there: Cap | None) -> bool:
+        """Whether what is on the grid under the name is what we knew, or what we want: nobody else's doing."""
+        wanted = self.cap
+        return any(same_thing(there, cap) for cap in self.ancestors) or (
+            wanted is not None and same_thing(there, wanted)
+        )
+
+    def apply(self, old: DirEntry | None) -> tuple[DirEntry | None, bool]:
+        """(what should stand under the name, whether this is our doing), given what stands there now."""
+        there = None if old is None else old.cap
+        if self.kind is Kind.REMOVE:
+            return (None, True) if there is None or self.accepts(there) else (old, False)
+        if self.kind is Kind.METADATA:
+            if old is None or not self.accepts(there):
+                return old, False
+            return old.changed(metadata=update_metadata(old.metadata, self.metadata, self.when)), True
+        wanted = self.cap
+        assert wanted is not None, "only ready changes are sent"
+        if old is not None and not self.accepts(there):
+            return old, False
+        metadata = update_metadata(None if old is None else old.metadata, self.metadata, self.when)
+        return DirEntry(self.name, wanted, metadata), True
+
+
+class Directory:
+    """One directory of this mount; shared by all who look at it. New ones have no cap until they are published."""
+
+    def __init__(self, cap: Cap | None, *, path: str | None = None) -> None:
+        self._cap = cap
+        self.path = path  # where it was last seen in the mount, for messages only; anybody may set it
+        self.immutable = cap is not None and not cap.is_mutable
+        self.readonly = cap is not None and cap.is_readonly
+        self.linked = cap is not None  # on the grid, as far as we know; new ones become so
+        self.abandoned = False  # new, and unlinked before it was ever on the grid
+        self.hold_s = 0.0  # how long the committer holds changes back while it is busy (0: the usual)
+        self.generation = 0
+        self.loaded_at: float | None = None if cap is not None else 0.0  # trio's clock
+        self.version: bytes | None = None
+        self.base: Mapping[str, DirEntry] = {}
+        self.changes: dict[str, Change] = {}
+        self.links: set[Change] = set()  # pending LINKs to this directory, while it is new
+        self.unready: set[Change] = set()  # of `changes`: those whose target is on its way, and not failing
+        self.failing: set[Change] = set()  # of `changes`: those whose target fails again and again
+        self.grid_lock = trio.Lock()
+        self._entries: dict[str, Entry] = {}  # made from base, lazily
+        self._view: Mapping[str, Entry] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Directory {self.path!r}, {len(self.changes)} changes pending>"
+
+    @property
+    def cap(self) -> Cap | None:
+        return self._cap
+
+    @property
+    def is_new(self) -> bool:
+        return self._cap is None
+
+    @property
+    def loaded(self) -> bool:
+        return self.loaded_at is not None
+
+    # --- looking
+
+    def get(self, name: str) -> Entry | None:
+        """The name's entry, or None. O(1); no grid, no await."""
+        if (change := self.changes.get(name)) is not None:
+            return self._entry_of_change(change)
+        return self._entry_of_base(name)
+
+    def entries(self) -> Mapping[str, Entry]:
+        """All of it, as it is now: a snapshot that stays as it is."""
+        if self._view is None:
+            view = {name: entry for name in self.base if (entry := self._entry_of_base(name)) is not None}
+            for name, change in self.changes.items():
+                entry = self._entry_of_change(change)
+                if entry is None:
+                    view.pop(name, None)
+                else:
+                    view[name] = entry
+            self._view = MappingProxyType(view)
+        return self._view
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries())
+
+    def is_empty(self) -> bool:
+        return not self.entries()
+
+    def _entry_of_base(self, name: str) -> Entry | None:
+        if (entry := self._entries.get(name)) is None and (child := self.base.get(name)) is not None:
+            entry = self._entries[name] = Entry(name, child.cap, child.metadata)
+        return entry
+
+    def _entry_of_change(self, change: Change) -> Entry | None:
+        if change.kind is Kind.REMOVE:
+            return None
+        below = self._entry_of_base(change.name)
+        if change.kind is Kind.LINK:
+            assert change.target is not None
+            old = None if below is None else below.metadata
+            return Entry(change.name, change.target, update_metadata(old, change.metadata, change.when))
+        if below is None:
+            return None
+        return Entry(change.name, below.target, update_metadata(below.metadata, change.metadata, change.when))
+
+    # --- changing; each returns (the new change or None if nothing is left to do, the one it takes the place of)
+
+    def put(
+        self,
+        name: str,
+        target: Target,
+        metadata: dict[str, Any],
+        position: int,
+        when: float,
+        *,
+        after: set[Change] | None = None,
+    ) -> tuple[Change, Change | None]:
+        change = self._successor(name, Kind.LINK, position, when)
+        change.target, change.metadata = target, metadata
+        change.after |= after or set()
+        if all(ancestor is None for ancestor in change.ancestors):
+            change.after = set()  # nothing on the grid is lost by it
+        return change, self._lay(change)
+
+    def drop(
+        self, name: str, position: int, when: float, *, after: set[Change] | None = None
+    ) -> tuple[Change | None, Change | None]:
+        change = self._successor(name, Kind.REMOVE, position, when)
+        if all(ancestor is None for ancestor in change.ancestors):  # the grid never heard of it
+            old = self.changes.pop(name, None)
+            self._touch()
+            return None, old
+        change.after |= after or set()
+        return change, self._lay(change)
+
+    def describe(self, name: str, metadata: dict[str, Any], position: int, when: float) -> tuple[Change, Change | None]:
+        old = self.changes.get(name)
+        linked = old is not None and old.kind is Kind.LINK
+        change = self._successor(name, Kind.LINK if linked else Kind.METADATA, position, when)
+        change.target = old.target if old is not None and linked else None
+        change.metadata = metadata
+        return change, self._lay(change)
+
+    def _successor(self, name: str, kind: Kind, position: int, when: float) -> Change:
+        old = self.changes.get(name)
+        if old is None:
+            child = self.base.get(name)
+            return Change(self, name, kind, position, when, (None if child is None else child.cap,))
+        ancestors = old.ancestors
+        if old.sent and old.kind is not Kind.METADATA:
+            ancestors = (*ancestors, old.cap)
+        return Change(self, name, kind, min(position, old.position), when, ancestors, after=set(old.after))
+
+    def _lay(self, change: Change) -> Change | None:
+        old = self.changes.pop(change.name, None)
+        self.changes[change.name] = change
+        self._touch()
+        return old
+
+    def take_away(self, change: Change) -> None:
+        """The change is settled, or wanted no more: it no longer lies over the base."""
+        if self.changes.get(change.name) is change:
+            del self.changes[change.name]
+            self._touch()
+
+    # --- what comes from the grid
+
+    def rebase(
+        self, cap: Cap | None, version: bytes | None, base: Mapping[str, DirEntry], now: float
+    ) -> list[tuple[Change, bool]]:
+        """A newer listing takes the place of the base. Returns the changes that make no sense over it any more, each
+        with whether it is a conflict (something of ours needs another name) or just void.
+        """
+        self.loaded_at = now
+        self._cap = cap
+        if version is not None and version == self.version:
+            return []
+        self.version = version
+        self.base = base
+        self._entries = {}
+        self._touch()
+        odd = []
+        for change in self.changes.values():
+            child = base.get(change.name)
+            if change.kind is Kind.LINK and not change.ready:
+                ours = child is None or change.accepts(child.cap)
+            else:
+                ours = change.apply(child)[1]
+            if not ours:
+                odd.append((change, change.kind is Kind.LINK))
+            elif change.kind is Kind.REMOVE and child is None and not change.sent:
+                odd.append((change, False))
+        return odd
+
+    def free_name(self, name: str, suffix: str) -> str:
+        """`name` with ` (suffix)` before its extension, and a number if need be: one that nobody has."""
+        change = self.changes.get(name)
+        is_directory = change is not None and change.target is not None and target_is_directory(change.target)
+        number = 1
+        while True:
+            candidate = name_with(name, suffix if number == 1 else f"{suffix} {number}", split=not is_directory)
+            if candidate not in self.base and candidate not in self.changes:
+                return candidate
+            number += 1
+
+    def _touch(self) -> None:
+        self.generation += 1
+        self._view = None
+
+
+def cap_of(target: Target) -> Cap | None:
+    """A target's cap, None as long as it is not on the grid."""
+    return target.cap if isinstance(target, PendingFile | Directory) else target
+
+
+def target_is_directory(target: Target) -> bool:
+    return isinstance(target, Directory | DirectoryCap)
+
+
+def same_thing(a: Cap | None, b: Cap | None) -> bool:
+    """Whether two caps are of one thing on the grid, whatever rights they give."""
+    if a is None or b is None:
+        return a is b
+    if a == b:
+        return True
+    return a.storage_index is not None and a.storage_index == b.storage_index and a.is_directory == b.is_directory
+
+
+NAME_BYTES_MAX = 255
+
+
+def name_with(name: str, suffix: str, *, split: bool) -> str:
+    """`stem (suffix).ext`, the stem cut so that it still fits in a name. `split` false: no extension is looked for."""
+    stem, dot, extension = name.rpartition(".") if split else (name, "", "")
+    if not stem.strip(".") or len(extension.encode()) > 32:
+        stem, dot, extension = name, "", ""
+    tail = f" ({suffix}){dot}{extension}"
+    room = NAME_BYTES_MAX - len(tail.encode())
+    return stem.encode()[:room].decode(errors="ignore") + tail

@@ -1,0 +1,32 @@
+"""What a workspace may be told: limits and habits, each with its unit in the name."""
+
+from __future__ import annotations
+
+from attrs import field, frozen
+
+_MIB = 1 << 20
+
+
+def _none(text: str | None) -> str | None:
+    return None if text == "none" else text
+
+
+@frozen
+class WorkspaceOptions:
+    """Every bound a user may want to move. The defaults suit a desktop."""
+
+    cache_bytes: int = 64 * _MIB  # verified ciphertext held in memory
+    journal_bytes: int = 10 << 30  # open and unsent files on the local disk; writers wait, then SpoolFullError
+    keep_bytes: int = 512 * _MIB  # of journal_bytes at most: files already stored, kept to be read back
+    spool_wait_s: float = 20.0  # how long a writer waits for room in the spool
+    poll_s: float = 5.0  # how long the size of a mutable file is believed
+    publish_quiet_s: float = 1.0  # a directory is published when it has rested this long …
+    publish_latest_s: float = 5.0  # … or when its oldest ready change is this old (doubling while it stays busy)
+    new_directory_latest_s: float = 30.0  # the same for a directory's first publish, which should hold all it has
+    retry_first_s: float = 1.0  # after a failure; doubles each time
+    retry_most_s: float = 60.0
+    mutable: str | None = field(default=None, converter=_none)  # "sdmf": new files are mutable; None, "none": not
+    convergent: bool = True  # False: a random key for each file
+    nickname: str | None = None  # in the names of conflict copies; None: the node's
+    read_only: bool = False  # refuse every change, whatever the cap allows
+    durability: str = "journal"  # "grid": whoever changes something waits for it; here it makes no difference

@@ -1,0 +1,44 @@
+"""Read-ahead of one open file: which segments to fetch before they are asked for.
+
+Pure. Reads are sequential while each starts near where the last one ended (the kernel sends two at a time, and they
+may change places). The second sequential read opens a window of one segment past the read; it doubles each time
+the reader enters a new segment, up to WINDOW_SEGMENTS_MAX and WINDOW_BYTES_MAX. A jump closes it. So a program that
+looks at a file's first bytes, or reads here and there, costs only the segments it touches.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+WINDOW_SEGMENTS_MAX: Final = 32
+WINDOW_BYTES_MAX: Final = 8 << 20
+NEAR_BYTES: Final = 512 << 10  # how far from the expected place a sequential read may start
+
+
+class ReadAhead:
+    """Feed it every read; it answers with the segments to have ready."""
+
+    def __init__(self) -> None:
+        self._expected = 0
+        self._streak = 0
+        self._window = 0  # segments
+        self._segment = -1  # the furthest one entered
+
+    def note(self, offset: int, length: int, segment_size: int, size: int) -> range:
+        """After a read of a file of `size` bytes, segments of `segment_size`: those to prefetch, nearest first."""
+        near = abs(offset - self._expected) <= NEAR_BYTES
+        self._streak = self._streak + 1 if near else 0
+        self._expected = max(self._expected, offset + length) if near else offset + length
+        last = max(0, min(self._expected, size) - 1) // segment_size
+        if self._streak == 0:
+            self._window, self._segment = 0, last
+            return range(0)
+        if self._streak == 1 and last == 0 and offset == 0:
+            self._segment = last  # the first read of the file says nothing yet
+            return range(0)
+        if last > self._segment or self._window == 0:
+            limit = max(1, min(WINDOW_SEGMENTS_MAX, WINDOW_BYTES_MAX // segment_size))
+            self._window = min(max(1, self._window * 2), limit)
+            self._segment = max(self._segment, last)
+        count = -(-size // segment_size)
+        return range(last + 1, min(last + 1 + self._window, count))

@@ -1,0 +1,111 @@
+"""New contents for mutable files, on their way: the latest for each file counts, one publish of a file at a time.
+
+No locks: what is pending changes between awaits only. A publish that has begun is not cancelled when newer contents
+come, since half a publish would leave the file in two versions; the newer ones follow it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import trio
+
+from cache.journal import Journal
+from cache.pending import Replacement
+from cache.uploads import read_all
+from grid.errors import GridError
+
+log = logging.getLogger(__name__)
+
+AT_ONCE: Final = 4
+TIMEOUT_S: Final = 600.0  # of one publish, all its tries included
+
+
+class Replacements:
+    """By storage index."""
+
+    def __init__(
+        self, nursery: trio.Nursery, client: Any, journal: Journal, retry_delay_s: Callable[[int], float]
+    ) -> None:
+        self._nursery = nursery
+        self._client = client
+        self._journal = journal
+        self._retry_delay_s = retry_delay_s
+        self._latest: dict[bytes, Replacement] = {}
+        self._busy: set[bytes] = set()  # a task sees to these
+        self._turns = trio.CapacityLimiter(AT_ONCE)
+        self._retry = trio.Event()
+        self.failing: dict[Replacement, None] = {}
+
+    def __iter__(self) -> Iterator[Replacement]:
+        return iter(self._latest.values())
+
+    def find(self, storage_index: bytes) -> Replacement | None:
+        """The contents this file will have."""
+        return self._latest.get(storage_index)
+
+    def add(self, storage_index: bytes, replacement: Replacement) -> None:
+        old = self._latest.get(storage_index)
+        if old is not None:
+            replacement.position = min(replacement.position, old.position)
+        self._journal.add(replacement)
+        self._latest[storage_index] = replacement
+        if old is not None:
+            self._let_go(old)
+        if storage_index not in self._busy:
+            self._busy.add(storage_index)
+            self._nursery.start_soon(self._see_to, storage_index)
+
+    def retry_now(self) -> None:
+        self._retry.set()
+        self._retry = trio.Event()
+
+    def _let_go(self, replacement: Replacement) -> None:
+        self.failing.pop(replacement, None)
+        self._journal.settle(replacement)
+        replacement.sealed.release()
+
+    async def _see_to(self, storage_index: bytes) -> None:
+        """Publish this file's contents until there are none newer."""
+        try:
+            while storage_index in self._latest:
+                async with self._turns:
+                    replacement = self._latest[storage_index]
+                    try:
+                        with trio.fail_after(TIMEOUT_S):
+                            await self._publish(replacement)
+                    except Exception as error:  # noqa: BLE001  logged there; whatever it is, others must go on
+                        failure: Exception | None = error
+                    else:
+                        failure = None
+                if self._latest[storage_index] is not replacement:
+                    continue
+                if failure is None:
+                    del self._latest[storage_index]
+                    self._let_go(replacement)
+                    continue
+                self._failed(replacement, failure)
+                with trio.move_on_after(self._retry_delay_s(replacement.attempts)):
+                    await self._retry.wait()
+        finally:
+            self._busy.discard(storage_index)
+
+    async def _publish(self, replacement: Replacement) -> None:
+        sealed = replacement.sealed.retain()
+        try:
+            data = await read_all(sealed)
+        finally:
+            sealed.release()
+        await self._client.create_node_from_uri(replacement.cap).replace(data)
+
+    def _failed(self, replacement: Replacement, error: Exception) -> None:
+        replacement.attempts += 1
+        replacement.error = error
+        self.failing[replacement] = None
+        self._journal.wake()
+        if isinstance(error, GridError | OSError | trio.TooSlowError):
+            log.warning("replacing a mutable file failed, attempt %d: %s", replacement.attempts, error)
+        else:
+            log.error("replacing a mutable file failed in an unforeseen way", exc_info=error)

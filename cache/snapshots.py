@@ -1,0 +1,72 @@
+"""Contents on the grid, read through the block cache with read-ahead."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from cache.blocks import BlockCache
+from cache.readahead import ReadAhead
+from grid.errors import FormatError
+from grid.formats.segments import div_ceil
+from grid.interfaces import IReadableSnapshot
+
+READ_SEGMENTS_MAX: Final = 8  # of one read that are waited for at a time
+
+
+class SnapshotContents:
+    """One immutable file, or one version of a mutable one; open files of one snapshot share what is fetched."""
+
+    def __init__(self, snapshot: IReadableSnapshot, blocks: BlockCache) -> None:
+        self._snapshot = snapshot
+        self._blocks = blocks
+        self._ahead = ReadAhead()
+        self._segment_size = 0
+        self._asking = trio.Lock()  # held while the grid is asked for the segment size, the first time only
+
+    @property
+    def size(self) -> int:
+        return self._snapshot.size
+
+    async def read(self, offset: int, length: int) -> bytes:
+        stop = min(offset + length, self.size)
+        if offset >= stop:
+            return b""
+        segment_size = self._segment_size or await self._ask_segment_size()
+        first, last = offset // segment_size, (stop - 1) // segment_size
+        for number in range(first + 1, min(last, first + READ_SEGMENTS_MAX) + 1):
+            self._prefetch(number)
+        pieces = []
+        for number in range(first, last + 1):
+            start = number * segment_size
+            a, b = max(offset - start, 0), min(stop - start, segment_size)
+            segment = await self._blocks.get(self._snapshot, number, self._segment_bytes(number))
+            if len(segment) < b:
+                raise FormatError(f"segment {number} has {len(segment)} bytes")
+            pieces.append(self._snapshot.decrypt(number, a, memoryview(segment)[a:b]))
+            if number + READ_SEGMENTS_MAX <= last:
+                self._prefetch(number + READ_SEGMENTS_MAX)
+        for number in self._ahead.note(offset, stop - offset, segment_size, self.size):
+            if not self._prefetch(number):
+                break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        self._blocks.forget_prefetches(self)
+
+    async def _ask_segment_size(self) -> int:
+        async with self._asking:
+            if not self._segment_size:
+                segment_size = await self._snapshot.get_segment_size()
+                if segment_size <= 0:
+                    raise FormatError("a file's segments have no size")
+                self._segment_size = segment_size
+        return self._segment_size
+
+    def _prefetch(self, number: int) -> bool:
+        return self._blocks.prefetch(self, self._snapshot, number, self._segment_bytes(number))
+
+    def _segment_bytes(self, number: int) -> int:
+        count = div_ceil(self.size, self._segment_size)
+        return self._segment_size if number < count - 1 else self.size - (count - 1) * self._segment_size

@@ -1,0 +1,179 @@
+"""Pending files on their way: small ones are not held up by big ones, and each is tried until it is there.
+
+No locks: queues and sets are changed between awaits only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import trio
+
+from cache.options import WorkspaceOptions
+from cache.pending import PendingFile
+from cache.sealed import SealedFile, SpoolUploadable
+from cache.spool import Spool
+from grid.errors import GridError, WrongKindError
+from grid.formats.caps import Cap, LiteralCap, parse_known_cap
+from grid.formats.segments import LITERAL_BYTES_MAX
+
+log = logging.getLogger(__name__)
+
+SMALL_BYTES: Final = 1 << 20  # files up to here are small
+SMALL_AT_ONCE: Final = 8
+BIG_AT_ONCE: Final = 2
+MUTABLE_BYTES_MAX: Final = 64 << 20  # a mutable file is held in memory whole
+
+
+class Uploads:
+    """Takes files in with `queue`, gives them up with `drop`; `ended(file)` is called after each try."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        client: Any,
+        spool: Spool,
+        options: WorkspaceOptions,
+        ended: Callable[[PendingFile], None],
+        retry_delay_s: Callable[[int], float],
+    ) -> None:
+        self._nursery = nursery
+        self._client = client
+        self._spool = spool
+        self._options = options
+        self._ended = ended
+        self._retry_delay_s = retry_delay_s
+        self._small: deque[PendingFile] = deque()
+        self._big: deque[PendingFile] = deque()
+        self._running = {True: 0, False: 0}  # small?: tasks
+        self._files: dict[PendingFile, None] = {}  # all that are not stored yet
+        self._retry = trio.Event()
+        self.failing: dict[PendingFile, None] = {}
+        self.stored = 0
+
+    def queue(self, file: PendingFile) -> None:
+        """See that it gets uploaded, if that is not under way."""
+        if file.sealed is None:
+            raise GridError("this file was dropped before it was stored")
+        self._files[file] = None
+        if not file.queued:
+            file.queued = True
+            self._line_up(file)
+
+    def _line_up(self, file: PendingFile) -> None:
+        file.stage = "queued"
+        (self._small if file.size <= SMALL_BYTES else self._big).append(file)
+        self._start()
+
+    def drop(self, file: PendingFile) -> None:
+        """Nobody wants it any more: its upload is cancelled, its bytes are let go."""
+        self._files.pop(file, None)
+        self.failing.pop(file, None)
+        if file.scope is not None:
+            file.scope.cancel()
+        if file.cap is None and file.sealed is not None:
+            sealed, file.sealed = file.sealed, None
+            sealed.release()
+
+    def retry_now(self) -> None:
+        self._retry.set()
+        self._retry = trio.Event()
+
+    def pending(self) -> Iterator[PendingFile]:
+        return iter(self._files)
+
+    def _start(self) -> None:
+        for small, line, at_once in ((True, self._small, SMALL_AT_ONCE), (False, self._big, BIG_AT_ONCE)):
+            while line and self._running[small] < at_once:
+                file = line.popleft()
+                if file.wanted:
+                    self._running[small] += 1
+                    file.scope = trio.CancelScope()
+                    self._nursery.start_soon(self._try, file, file.scope, small)
+
+    async def _try(self, file: PendingFile, scope: trio.CancelScope, small: bool) -> None:
+        error: Exception | None = None
+        try:
+            with scope:
+                if (sealed := file.sealed) is not None:
+                    self._succeeded(file, sealed, await self._send(file, sealed))
+        except Exception as problem:  # noqa: BLE001  logged below; whatever it is, others must go on
+            error = problem
+        finally:
+            file.scope = None
+            self._running[small] -= 1
+            self._start()
+        if error is not None and file.wanted:
+            self._failed(file, error)
+            self._nursery.start_soon(self._try_later, file)
+
+    async def _send(self, file: PendingFile, sealed: SealedFile) -> Cap:
+        sealed = sealed.retain()
+        try:
+            if not sealed.complete:
+                await sealed.fill(self._spool, self._options.spool_wait_s)
+            if self._options.mutable is not None and file.size <= MUTABLE_BYTES_MAX:
+                file.stage = "pushing"
+                text = await self._client.create_mutable_file(await read_all(sealed), format=self._options.mutable)
+                return parse_known_cap(text)
+            if file.size <= LITERAL_BYTES_MAX:
+                return LiteralCap(await read_all(sealed))
+            return await self._upload(file, sealed)
+        finally:
+            sealed.release()
+
+    async def _upload(self, file: PendingFile, sealed: SealedFile) -> Cap:
+        uploadable = SpoolUploadable(sealed)
+        try:
+            file.stage = "hashing"
+            await uploadable.get_encryption_key()
+            file.stage = "pushing"
+            results = await self._client.upload(uploadable)
+        finally:
+            with trio.CancelScope(shield=True):  # lets go of a descriptor, waits for nothing
+                await uploadable.close()
+        file.stored_shares = len(results.sharemap)
+        cap = parse_known_cap(results.uri)
+        if cap.is_mutable or cap.is_directory:
+            raise WrongKindError("the grid made something else than a file")
+        return cap
+
+    def _succeeded(self, file: PendingFile, sealed: SealedFile, cap: Cap) -> None:
+        file.cap, file.error, file.attempts, file.stage = cap, None, 0, "linking"
+        self.stored += 1
+        self._files.pop(file, None)
+        self.failing.pop(file, None)
+        file.sealed = None
+        if cap.storage_index is not None and not cap.is_mutable:
+            self._spool.keep(cap.storage_index, sealed)
+        sealed.release()
+        self._ended(file)
+
+    def _failed(self, file: PendingFile, error: Exception) -> None:
+        file.error = error
+        file.attempts += 1
+        file.stage = "queued"
+        self.failing[file] = None
+        if isinstance(error, GridError | OSError):
+            log.warning("storing a file of %d bytes failed, attempt %d: %s", file.size, file.attempts, error)
+        else:
+            log.error("storing a file failed in an unforeseen way", exc_info=error)
+        self._ended(file)
+
+    async def _try_later(self, file: PendingFile) -> None:
+        with trio.move_on_after(self._retry_delay_s(file.attempts)):
+            await self._retry.wait()
+        if file.wanted:
+            self._line_up(file)
+
+
+async def read_all(sealed: SealedFile) -> bytes:
+    """A whole sealed file, which must be small enough for memory."""
+    contents = sealed.open()
+    try:
+        return await contents.read(0, sealed.size)
+    finally:
+        contents.close()
