@@ -40,6 +40,9 @@ CACHE_AFTER_S: Final = 2.0  # an introducer that has not answered by then may an
 CACHE_WRITE_DELAY_S: Final = 1.0  # announcements come in bursts
 ANNOUNCEMENTS_MAX: Final = 1000  # of one introducer: it must not choose how much memory we use
 CACHE_BYTES_MAX: Final = 16 << 20
+# libyaml's where there is one: a large grid's cache takes the pure Python ones a second
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _V2_KEY: Final = b"http://allmydata.org/tahoe/protocols/introducer/v2"
 _SUBSCRIBER_VERSION: Final = "tahoefs"
 
@@ -241,7 +244,7 @@ def read_cache(path: Path) -> list[Announcement]:
     try:
         with path.open("rb") as file:
             text = file.read(CACHE_BYTES_MAX)
-        entries = yaml.safe_load(text)
+        entries = yaml.load(text, Loader=_LOADER)
     except FileNotFoundError:
         return []
     except (OSError, yaml.YAMLError, RecursionError, ValueError):
@@ -260,7 +263,7 @@ def write_cache(path: Path, announcements: Iterable[Announcement]) -> None:
     """Replace the cache file, if that changes anything. Raises OSError."""
     ordered = sorted(announcements, key=lambda each: each.server_id)
     entries = [{"ann": dict(each.raw), "key_s": each.server_id} for each in ordered]
-    contents = yaml.safe_dump(entries, default_flow_style=False, allow_unicode=True).encode()
+    contents = yaml.dump(entries, Dumper=_DUMPER, default_flow_style=False, allow_unicode=True).encode()
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if file.read(CACHE_BYTES_MAX) == contents:
             return

@@ -205,8 +205,6 @@ async def test_a_server_that_hangs_is_noticed_and_recovers() -> None:
 
 async def test_a_connection_that_died_silently_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server still believes in the old connection; the uploads that came over it must not block new ones."""
-    monkeypatch.setattr(pulse, "DEAD_AFTER_S", 0.1)
-    monkeypatch.setattr(deadlines, "GET_VERSION_TIMEOUT_S", 0.5)
     async with storage() as peer, trio.open_nursery() as nursery:
         relay = Relay(nursery, peer.listener.port)
         await relay.start()
@@ -216,6 +214,8 @@ async def test_a_connection_that_died_silently_is_replaced(monkeypatch: pytest.M
         await until(lambda: server.connected)
         canary = (await writer_of(server, 10), peer.service.calls[0][3])[1]
         relay.freeze()
+        monkeypatch.setattr(pulse, "DEAD_AFTER_S", 0.1)
+        monkeypatch.setattr(deadlines, "GET_VERSION_TIMEOUT_S", 0.5)
         with pytest.raises(PeerError):
             await server.get_buckets(SI)
         await until(lambda: server.connected)
@@ -225,14 +225,13 @@ async def test_a_connection_that_died_silently_is_replaced(monkeypatch: pytest.M
 
 
 async def test_every_call_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ALLOCATE", "GET_BUCKETS", "GET_VERSION", "READ", "SLOT_READ", "SLOT_WRITE"):
-        monkeypatch.setattr(deadlines, f"{name}_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(buckets, "READ_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(buckets, "CLOSE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(buckets, "WRITE_TIMEOUT_S", 0.01)
     async with storage() as peer, client_of(peer) as server:
         reader = await _reader(peer, server)
         _, writers = await server.allocate_buckets(SI, LEASE, frozenset({1, 2}), 10)
+        for name in ("ALLOCATE", "GET_BUCKETS", "GET_VERSION", "SLOT_READ", "SLOT_WRITE"):
+            monkeypatch.setattr(deadlines, f"{name}_TIMEOUT_S", 0.01)
+        for name in ("READ", "WRITE", "CLOSE"):
+            monkeypatch.setattr(buckets, f"{name}_TIMEOUT_S", 0.01)
         peer.service.hang()
         with trio.fail_after(10):
             for call in (

@@ -317,6 +317,32 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path, damage: Callable[[str], str
     assert read_cache(tmp_path / "missing") == []
 
 
+def test_a_cache_that_tahoe_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "cache.yaml"
+    path.write_text("""\
+- ann:
+    anonymous-storage-FURL: pb://vqpm6uulyjagcjfxlb5r2qm5mx6xyl5h@tcp:127.0.0.1:39859/ftaajnwynl6jnboh6ysi37hmqalby4r4
+    anonymous-storage-NURLs:
+    - pb://c_usNRTmSmBTnjw_lHNEblvpGaCRGjHVeULsBYJkDtk@127.0.0.1:39859/ftaajnwynl6jnboh6ysi37hmqalby4r4#v=1
+    app-versions: []
+    my-version: tahoe-lafs/1.20.0
+    nickname: server9
+    nonce: 4bsmm2wk44rxin4npgys44s2dvxqky7mkrp7kj4kfhrcibx4lz6a
+    oldest-supported: 1.0.0
+    permutation-seed-base32: ofqxanlr
+    seqnum: 1
+    service-name: storage
+    version: 0
+  key_s: v0-qap5qz6kn4mcvyv77mtf3fgeeimwphlldm7i4iodhmzt4bp4ksrq
+""")
+    (server,) = read_cache(path)
+    assert (server.nickname, server.service_name, server.seqnum) == ("server9", "storage", 1)
+    assert server.furl is not None and server.furl.tcp_hints() == [("127.0.0.1", 39859)]
+    before = path.read_bytes()
+    write_cache(path, [server])
+    assert path.read_bytes() == before
+
+
 def test_names_of_caches(tmp_path: Path) -> None:
     assert cache_path(tmp_path, "my grid") == tmp_path / "introducer_my grid_cache.yaml"
     assert cache_path(tmp_path, "../../x") is None
