@@ -29,7 +29,7 @@ from typing import Final
 import trio
 from attrs import define, field, frozen
 
-from grid.errors import CorruptShareError, FormatError, PeerError, ShareError, ShareVersionError
+from grid.errors import CorruptShareError, FormatError, PeerError, PeerTimeoutError, ShareError, ShareVersionError
 from grid.formats import caps
 from grid.formats.mutable_share import MutableHeader
 from grid.interfaces import IStorageBroker, IStorageServer
@@ -252,7 +252,7 @@ class _Mapper:
             if server.server_id in self._started and server.server_id not in self._settled:
                 if self._overdue(server.server_id) and not self._responsiveness.is_late(server.server_id):
                     self._responsiveness.late(server.server_id)
-                self.map.failures[server.server_id] = PeerError(f"{server.name}: passed over, too slow")
+                self.map.failures[server.server_id] = PeerTimeoutError(f"{server.name}: passed over, too slow")
 
     def _note_start(self, server_id: str) -> None:
         late = self._responsiveness.is_late(server_id)
@@ -275,7 +275,9 @@ class _Mapper:
         except PeerError as error:
             self.map.failures[server.server_id] = error
         except trio.TooSlowError:
-            self.map.failures[server.server_id] = PeerError(f"{server.name}: no answer in {QUERY_TIMEOUT_S:.0f} s")
+            self.map.failures[server.server_id] = PeerTimeoutError(
+                f"{server.name}: no answer in {QUERY_TIMEOUT_S:.0f} s"
+            )
         self._settled.add(server.server_id)
         tell(None)
 

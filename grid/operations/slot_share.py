@@ -119,7 +119,7 @@ async def open_share(
     """
     try:
         header = parse_header(head)
-        if number >= header.n:
+        if not 0 <= number < header.n:
             raise FormatError("share number beyond N")
         share = FoundShare(server, storage_index, number, header, head, whole)
         public_der, signature = await share.read([header.offsets.public_key, header.offsets.signature])

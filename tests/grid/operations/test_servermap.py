@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grid.errors import CorruptShareError, ShareVersionError
 from grid.formats.hashutil import write_enabler
@@ -243,3 +245,25 @@ async def test_a_file_of_another_owner_at_our_storage_index() -> None:
         server.slots[grid.storage_index()] = slot
     servermap = await update(broker, MapMode.WRITE)
     assert servermap.best() is None and len(servermap.bad) == 10
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=2500), st.sampled_from([b"", b"\0", b"\1"]), st.integers(0, 255), st.booleans())
+def test_whatever_a_server_holds_the_map_gets_made(data: bytes, start: bytes, number: int, over_real: bool) -> None:
+    """Noise, and noise laid over the beginning of a real share: set aside, and the good shares still found."""
+    good = version(b"contents", 1)
+    noise = start + data
+    if over_real:
+        noise += good[number % 10][len(noise) :]
+
+    async def make() -> ServerMap:
+        broker = MemoryBroker(10)
+        grid.place(broker, {n: share for n, share in good.items() if n != number})
+        grid.put(broker.servers[0], number, noise)
+        return await update(broker, MapMode.WRITE, want_key=True)
+
+    servermap = trio.run(make)
+    best = servermap.best()
+    assert best is not None and best.seqnum == 1 and servermap.keys is not None
+    intact = len(noise) >= 700 and noise[:657] == good.get(number, b"")[:657]
+    assert len(servermap.shares) == 10 - (number in good) + intact
