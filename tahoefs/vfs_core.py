@@ -105,6 +105,13 @@ class VFSCore:
             raise FSError(errno.ENAMETOOLONG)
         return name
 
+    def path_of(self, inode: Inode) -> str:
+        """Where it is in the mount, for messages."""
+        line = inode.ancestors()[::-1]
+        if line[0] is not self.table.root:
+            return "(deleted)"
+        return "/" + "/".join(each.link.name for each in line if each.link is not None)
+
     # --- listings --------------------------------------------------------------------------------------------
 
     async def load(self, inode: Inode, folder: Folder) -> None:

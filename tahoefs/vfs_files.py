@@ -12,12 +12,13 @@ import logging
 import os
 import time
 
+from grid.errors import GridError
 from tahoefs import metadata as edge
 from tahoefs.errnos import FSError
 from tahoefs.inodes import Folder, Inode, Link
 from tahoefs.interfaces import Caller, Position
 from tahoefs.open_files import Handle, OpenFile
-from tahoefs.targets import Kind, failed, is_mutable_file, same_contents
+from tahoefs.targets import Kind, cap_of, failed, is_mutable_file, same_contents
 from tahoefs.vfs_attributes import AttributeOperations, Changes, Stat
 from tahoefs.vfs_core import Invalidation, View
 
@@ -78,7 +79,12 @@ class FileOperations(AttributeOperations):
             self.table.drop_if_unused(inode)
 
     async def read(self, number: int, offset: int, length: int) -> bytes:
-        return await self.file_handle(number).opened.read(offset, length)
+        opened = self.file_handle(number).opened
+        try:
+            return await opened.read(offset, length)
+        except GridError as error:
+            self.workspace.note_error(self.path_of(opened.inode), error)
+            raise
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         handle = self.file_handle(number)
@@ -170,7 +176,8 @@ class FileOperations(AttributeOperations):
     async def _store_locked(self, inode: Inode, opened: OpenFile, link: Link, folder: Folder) -> Position:
         contents = opened.writable
         assert contents is not None
-        mutable = is_mutable_file(inode.target)
+        target = cap_of(inode.target) or inode.target  # a new mutable file has its cap once it was stored
+        mutable = is_mutable_file(target)
         now_ns = time.time_ns()
         metadata = edge.changed(
             inode.metadata if inode.draft is None else inode.draft,
@@ -180,7 +187,6 @@ class FileOperations(AttributeOperations):
         )
         with opened.while_storing():
             if mutable:
-                target = inode.target
                 position = await self.workspace.replace(target, contents)
                 if self.can_change(folder):  # its time is noted on the edge, where we may
                     position = await self.workspace.set_metadata(folder.directory, link.name, metadata)

@@ -149,7 +149,7 @@ class MemoryWorkspace:
         self.directories: dict[Cap, MemoryDirectory] = {}
         self.calls: Counter[str] = Counter()
         self.faults: dict[str, Fault] = {}
-        self.open_contents_count = 0
+        self.errors: list[str] = []
         self._positions = itertools.count(1)
 
     async def _called(self, method: str) -> int:
@@ -244,6 +244,9 @@ class MemoryWorkspace:
 
     async def wait(self, position: int | None = None, /, *, timeout_s: float | None = None) -> None:
         await self._called("wait")
+
+    def note_error(self, path: str, error: Exception, /) -> None:
+        self.errors.append(path)
 
     def _pages(self, target: Any) -> Pages:
         if isinstance(target, MemoryFile):

@@ -223,6 +223,26 @@ async def test_a_failed_upload_is_reported_by_the_next_fsync() -> None:
     await vfs.fsync(handle)
 
 
+async def test_a_file_that_cannot_be_read_is_named() -> None:
+    vfs = make_vfs()
+    directory = (await vfs.mkdir(ROOT, b"dir", 0o755, ME)).number
+    workspace_of(vfs).root.names["dir"].target.put("lost", CHKReadCap(bytes(16), bytes(32), 3, 10, 4))
+    handle, _ = await vfs.open((await vfs.lookup(directory, b"lost")).number, os.O_RDONLY, ME)
+    with pytest.raises(GridError):
+        await vfs.read(handle, 0, 4)
+    assert workspace_of(vfs).errors == ["/dir/lost"]
+
+
+async def test_a_file_made_mutable_is_replaced_in_place_once_it_has_its_cap() -> None:
+    vfs = make_vfs()
+    handle, _ = await create(vfs, b"new", b"data")
+    await vfs.flush(handle)
+    workspace_of(vfs).root.names["new"].target.cap = MUTABLE_FILE
+    await vfs.write(handle, 4, b" more")
+    await close(vfs, handle)
+    assert (workspace_of(vfs).calls["store"], workspace_of(vfs).calls["replace"]) == (1, 1)
+
+
 async def test_durability_grid_waits_and_journal_does_not() -> None:
     for durability, waits in (("journal", 0), ("grid", 4)):
         vfs = make_vfs(durability=durability)
