@@ -1,0 +1,172 @@
+"""Finished immutable shares: reading them, and their leases. Synchronous; see grid/server/shares.py.
+
+A share's file stays open for a while after it was read: downloads come in many small reads. Its length and lease
+count are looked at for each use all the same, as both may change, and so is whether it was deleted meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from attrs import define
+
+from grid.errors import FormatError
+from grid.formats import container
+from grid.interfaces import LeaseSecrets
+from grid.server.errors import (
+    NoSpaceError,
+    NoSuchShareError,
+    UnknownImmutableContainerVersionError,
+    UnusableShareError,
+)
+from grid.server.journal import Places, Resize, Step, Unlink, Write
+
+OPEN_SHARES_MAX: Final = 128  # kept open while nobody reads them
+LEASES_MAX: Final = 10_000  # ours, per share
+
+
+@define(eq=False)
+class ImmutableShare:
+    """An open share file."""
+
+    fd: int
+    number: int
+    users: int = 0
+
+    def header(self) -> tuple[container.ImmutableHeader, int]:
+        """The header and the file's length, as they are now. Raises UnusableShareError."""
+        size = os.fstat(self.fd).st_size
+        return parse_header(os.pread(self.fd, container.IMMUTABLE_HEADER_BYTES, 0), size, self.number), size
+
+    def data_bytes(self) -> int:
+        header, size = self.header()
+        return header.data_bytes(size)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Cut at the end of the data, which leases follow."""
+        length = min(length, self.data_bytes() - offset)
+        if length <= 0:
+            return b""
+        return os.pread(self.fd, length, container.IMMUTABLE_HEADER_BYTES + offset)
+
+    def leases(self) -> tuple[container.ImmutableHeader, int, list[container.Lease]]:
+        """The header, the data's length, the leases."""
+        header, size = self.header()
+        data_bytes = header.data_bytes(size)
+        wanted = header.lease_count * container.IMMUTABLE_LEASE_BYTES
+        records = os.pread(self.fd, wanted, container.immutable_lease_offset(data_bytes, 0))
+        return header, data_bytes, container.unpack_immutable_leases(records)
+
+
+def parse_header(start: bytes, file_bytes: int, number: int) -> container.ImmutableHeader:
+    """Raises UnusableShareError."""
+    try:
+        return container.ImmutableHeader.parse(start, file_bytes)
+    except container.UnknownContainerError as error:
+        raise UnknownImmutableContainerVersionError(f"share {number}: {error}") from None
+    except FormatError as error:
+        raise UnusableShareError(f"share {number}: {error}") from None
+
+
+class OpenShares:
+    """Share files that are open, the ones used longest ago closed first. Used from several threads."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._turn = threading.Lock()
+        self._open: OrderedDict[tuple[bytes, int], ImmutableShare] = OrderedDict()
+
+    def close(self) -> None:
+        with self._turn:
+            for share in self._open.values():
+                os.close(share.fd)
+            self._open.clear()
+
+    @contextmanager
+    def use(self, storage_index: bytes, number: int) -> Iterator[ImmutableShare]:
+        """The share, open until the block ends. Raises NoSuchShareError."""
+        share = self._acquire((storage_index, number))
+        try:
+            yield share
+        finally:
+            self._release((storage_index, number), share)
+
+    def _acquire(self, key: tuple[bytes, int]) -> ImmutableShare:
+        with self._turn:
+            share = self._open.get(key)
+            if share is not None:
+                if os.fstat(share.fd).st_nlink:
+                    self._open.move_to_end(key)
+                    share.users += 1
+                    return share
+                del self._open[key]  # deleted: by us, or by an administrator
+                if not share.users:
+                    os.close(share.fd)
+            try:
+                fd = os.open(self._places.share(*key), os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                raise NoSuchShareError(f"no share {key[1]}") from None
+            share = self._open[key] = ImmutableShare(fd, key[1], 1)
+            if len(self._open) > OPEN_SHARES_MAX:
+                self._close_idle()
+            return share
+
+    def _release(self, key: tuple[bytes, int], share: ImmutableShare) -> None:
+        with self._turn:
+            share.users -= 1
+            if not share.users and self._open.get(key) is not share:
+                os.close(share.fd)
+
+    def _close_idle(self) -> None:
+        key = next((key for key, share in self._open.items() if not share.users), None)
+        if key is not None:
+            os.close(self._open.pop(key).fd)
+
+
+# --- leases ---------------------------------------------------------------------------------------------------------
+
+
+def renew_lease(share: ImmutableShare, renew: bytes, expires: int) -> list[Step] | None:
+    """What renewing takes, nothing if the lease lasts as long already; None when no lease matches."""
+    header, data_bytes, leases = share.leases()
+    place = container.find_renewable(leases, header.version, renew)
+    if place is None:
+        return None
+    if expires <= leases[place].expires:
+        return []
+    record = container.pack_immutable_lease(leases[place].renewed(expires))
+    # only the last four bytes differ: less to write, and seldom two pages
+    return [Write(container.immutable_lease_offset(data_bytes, place) + len(record) - 4, record[-4:])]
+
+
+def add_lease(share: ImmutableShare, lease: LeaseSecrets, owner: int, expires: int) -> list[Step]:
+    """What adding one more takes. Raises NoSpaceError when there are too many."""
+    header, size = share.header()
+    if header.lease_count >= LEASES_MAX:
+        raise NoSpaceError("too many leases on one share")
+    record = container.pack_immutable_lease(
+        container.make_lease(header.version, owner, lease.renew, lease.cancel, expires)
+    )
+    count = container.pack_lease_count(header.lease_count + 1)
+    return [Write(size, record), Write(container.IMMUTABLE_LEASE_COUNT_OFFSET, count)]
+
+
+def drop_leases(share: ImmutableShare, places: list[int]) -> tuple[list[Step], int]:
+    """What dropping these takes, and how many bytes it frees. The last lease takes the share with it."""
+    _, data_bytes, leases = share.leases()
+    kept = [lease for place, lease in enumerate(leases) if place not in places]
+    freed = container.IMMUTABLE_LEASE_BYTES * (len(leases) - len(kept))
+    if not kept:
+        return [Unlink()], container.immutable_lease_offset(data_bytes, len(leases))
+    records = b"".join(map(container.pack_immutable_lease, kept))
+    count = container.pack_lease_count(len(kept))
+    return [
+        Write(container.immutable_lease_offset(data_bytes, 0), records),
+        Write(container.IMMUTABLE_LEASE_COUNT_OFFSET, count),
+        Resize(container.immutable_lease_offset(data_bytes, len(kept))),
+    ], freed

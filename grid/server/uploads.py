@@ -1,0 +1,233 @@
+"""Immutable shares on their way in: written in any order, in a file that gets its name when it is whole.
+
+    allocate -> (write ...) -> close     the file moves to where shares are
+                            -> abort     it goes; so do uploads nobody wrote to for 30 minutes, and all at a stop
+
+The file is made at the first write. What a share is surrounded by (header, one lease) is written with the last step, so
+that a share written in one go costs one system call. Bytes may be sent twice, if they are the same ones.
+Source: the uploads of Tahoe-LAFS 1.20.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+from attrs import define, field
+
+from grid.formats import container
+from grid.server.errors import (
+    BadRequestError,
+    ConflictingWriteError,
+    DataTooLargeError,
+    NoSpaceError,
+    UploadFinishedError,
+)
+from grid.server.journal import Buffer, publish, write_all
+from grid.server.shares import ShareStore
+from grid.server.spans import SPANS_MAX, Spans
+
+if TYPE_CHECKING:
+    from grid.server.storage import StorageService
+
+OPEN_UPLOADS_MAX: Final = 256  # files kept open while nobody writes to them
+_COMPARED_BYTES: Final = 1 << 20  # at a time
+
+
+@define(eq=False)
+class Upload:
+    """One share being written by one client. Calls take effect in the order they were made."""
+
+    storage_index: bytes
+    number: int
+    size: int  # bytes, exactly
+    lease: container.Lease  # its time counts from the allocation
+    upload_secret: bytes | None = field(repr=False)  # who may write, over HTTP
+    _service: StorageService = field(repr=False)
+    state: str = "open"  # then "closed" or "aborted"
+    last_written_s: float = field(factory=trio.current_time)
+    spans: Spans = field(factory=Spans, repr=False)
+    made: bool = False  # whether there is a file
+    _turn: trio.Lock = field(factory=trio.Lock, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Closed, aborted or given up: nothing can be written any more."""
+        return self.state != "open"
+
+    @property
+    def complete(self) -> bool:
+        """Every byte was written."""
+        return self.spans.total >= self.size
+
+    @property
+    def required(self) -> list[tuple[int, int]]:
+        """(begin, end) of what was not written yet, in order."""
+        return self.spans.missing(self.size)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Raises ConflictingWriteError, DataTooLargeError, NoSpaceError, UploadFinishedError, BadRequestError; nothing
+        was written then. `data` must not change until this returns.
+        """
+        if offset < 0:
+            raise BadRequestError("negative offset")
+        await self._take_turn()
+        try:
+            self.check_open()
+            self._service.touch(self)
+            await self._service.work(len(data), partial(self._write, offset, data))
+        finally:
+            self._turn.release()
+
+    async def close(self) -> None:
+        """The share appears, whole: what was not written is zeros. Raises UploadFinishedError, NoSpaceError."""
+        await self._take_turn()
+        try:
+            self.check_open()
+            # a checkpoint here would let a timer end what is being closed: this is a few system calls
+            self._publish()
+            self.state = "closed"
+        finally:
+            self._turn.release()
+        self._service.forget(self)
+
+    async def abort(self) -> None:
+        """Harmless when repeated, and after close()."""
+        await self._take_turn()
+        self._turn.release()
+        self.abort_now()
+
+    def abort_now(self) -> None:
+        """As abort(), for who cannot wait. A write under way in a thread ends up in a file without a name."""
+        if self.state == "open":
+            self.state = "aborted"
+            self._service.upload_files.discard(self)
+            self._service.forget(self)
+
+    async def _take_turn(self) -> None:
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+
+    def check_open(self) -> None:
+        """Raises UploadFinishedError."""
+        if self.state != "open":
+            raise UploadFinishedError("precondition")
+
+    # --- file work, perhaps in a thread; only ever one at a time
+
+    def _write(self, offset: int, data: Buffer) -> None:
+        end = offset + len(data)
+        with self._service.upload_files.use(self) as fd:
+            for begin, until in self.spans.within(offset, end):
+                self._compare(fd, begin, memoryview(data)[begin - offset : until - offset])
+            if end > self.size:
+                raise DataTooLargeError(self.size, offset, len(data))
+            if len(self.spans) >= SPANS_MAX:
+                raise BadRequestError("an upload with too many holes")
+            buffers, position = [data], container.IMMUTABLE_HEADER_BYTES + offset
+            if offset == 0:
+                buffers, position = [container.pack_immutable_header(self.size, 1), data], 0
+            if end == self.size:
+                buffers.append(container.pack_immutable_lease(self.lease))
+            _write(fd, buffers, position)
+        self.spans.add(offset, end)
+
+    def _compare(self, fd: int, begin: int, data: memoryview) -> None:
+        for start in range(0, len(data), _COMPARED_BYTES):
+            piece = data[start : start + _COMPARED_BYTES]
+            if os.pread(fd, len(piece), container.IMMUTABLE_HEADER_BYTES + begin + start) != piece:
+                raise ConflictingWriteError("bytes already written differ")
+
+    def _publish(self) -> None:
+        header_written = bool(self.spans.within(0, 1))
+        lease_written = bool(self.spans.within(self.size - 1, self.size)) if self.size else False
+        store = self._service.store
+        with self._service.upload_files.use(self) as fd:
+            if not header_written:
+                _write(fd, [container.pack_immutable_header(self.size, 1)], 0)
+            if not lease_written:
+                lease = container.pack_immutable_lease(self.lease)
+                _write(fd, [lease], container.immutable_lease_offset(self.size, 0))
+        self._service.upload_files.let_go(self)
+        publish(
+            store.upload(self.storage_index, self.number),
+            store.share(self.storage_index, self.number),
+            durable=store.durable,
+        )
+
+
+def _write(fd: int, buffers: list[Buffer], position: int) -> None:
+    try:
+        write_all(fd, buffers, position)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise NoSpaceError("no space left for this share") from None
+        raise
+
+
+@define
+class _OpenFile:
+    fd: int
+    users: int = 0
+
+
+class UploadFiles:
+    """The files of uploads: made at first use, closed when too many are open. Used from several threads."""
+
+    def __init__(self, store: ShareStore) -> None:
+        self._store = store
+        self._turn = threading.Lock()
+        self._open: OrderedDict[Upload, _OpenFile] = OrderedDict()
+
+    @contextmanager
+    def use(self, upload: Upload) -> Iterator[int]:
+        """Its file, open until the block ends. Raises UploadFinishedError, OSError."""
+        with self._turn:
+            # given up while this waited for a thread: its file is deleted, and another upload may have its name by now
+            upload.check_open()
+            file = self._open.get(upload)
+            if file is None:
+                path = self._store.upload(upload.storage_index, upload.number)
+                flags = os.O_RDWR | os.O_CLOEXEC | (0 if upload.made else os.O_CREAT | os.O_EXCL)
+                file = self._open[upload] = _OpenFile(os.open(path, flags, 0o644))
+                upload.made = True
+                if len(self._open) > OPEN_UPLOADS_MAX:
+                    self._close_idle()
+            else:
+                self._open.move_to_end(upload)
+            file.users += 1
+        try:
+            yield file.fd
+        finally:
+            with self._turn:
+                file.users -= 1
+                if not file.users and self._open.get(upload) is not file:
+                    os.close(file.fd)
+
+    def let_go(self, upload: Upload) -> None:
+        """Close the file."""
+        with self._turn:
+            file = self._open.pop(upload, None)
+            if file is not None and not file.users:
+                os.close(file.fd)
+
+    def discard(self, upload: Upload) -> None:
+        """Close the file and delete it."""
+        self.let_go(upload)
+        if upload.made:
+            with suppress(OSError):
+                os.unlink(self._store.upload(upload.storage_index, upload.number))
+
+    def _close_idle(self) -> None:
+        idle = next((upload for upload, file in self._open.items() if not file.users), None)
+        if idle is not None:
+            os.close(self._open.pop(idle).fd)
