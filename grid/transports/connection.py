@@ -19,14 +19,17 @@ import trio
 
 from grid.errors import ConnectionLostError, GridError, PeerError, PeerTimeoutError, RemoteProtocolError, Violation
 from grid.transports.tls import TLSStream
-from grid.wire.calls import BROKER_CLID, RELEASES_BATCH, Answered, Broker, Failed, InboundCall, Names
+from grid.wire.banana import PING, ping_token
+from grid.wire.calls import RELEASES_BATCH, Answered, Broker, Failed, InboundCall
 from grid.wire.negotiation import Agreement
+from grid.wire.reference_tables import BROKER_CLID, Names
 from grid.wire.references import Releases, RemoteHandle
 
 log = logging.getLogger(__name__)
 
 PONG_TIMEOUT_S: Final = 120.0  # a peer that was silent must answer our PING within this
 HANDLERS_MAX: Final = 256  # calls of one peer we work on at a time; then we stop reading
+UNHEARD_BYTES_MAX: Final = 2048  # sent by a master before its slave has shown that it reads banana
 REPLY_BYTES_MAX: Final = 16 << 20  # replies queued for a peer that does not read; then we stop reading
 
 
@@ -123,6 +126,7 @@ class Connection:
         self._written = trio.lowlevel.ParkingLot()
         self._handler_slots = trio.Semaphore(HANDLERS_MAX)
         self._last_received_s = 0.0
+        self._heard = trio.Event()  # the peer has sent banana
 
     @property
     def is_lost(self) -> bool:
@@ -188,9 +192,12 @@ class Connection:
 
     async def _read(self, nursery: trio.Nursery) -> None:
         try:
+            if self.agreement.rest or not self.agreement.is_master:
+                self._heard.set()
             await self._receive(self.agreement.rest, nursery)
             while pieces := await self._stream.receive_pieces():
                 self._last_received_s = trio.current_time()
+                self._heard.set()
                 for piece in pieces:
                     await self._receive(piece, nursery)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -258,6 +265,10 @@ class Connection:
             while True:
                 while not self._broker.outgoing_bytes:
                     await self._to_write.park()
+                if self._broker.outgoing_bytes > UNHEARD_BYTES_MAX and not self._heard.is_set():
+                    # Until it has read our decision, a slave takes what follows for text, and not much of that.
+                    await self._stream.send_all(ping_token(PING, 0))
+                    await self._heard.wait()
                 await self._stream.send_buffers(self._broker.data_to_send())
                 self._written.unpark_all()
         except (trio.BrokenResourceError, trio.ClosedResourceError):

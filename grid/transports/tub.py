@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 120.0  # one whole attempt: all hints, down to the agreement
 DUPLICATE_WAIT_S: Final = 10.0  # for the connection a peer prefers to ours, after it told us so
-HINTS_MAX: Final = 20  # dialled at once
+NEGOTIATIONS_MAX: Final = 200  # inbound, at a time; more have to wait
 SWISSNUM_BYTES: Final = 20
 KEEPALIVE_S: Final = 240.0
 
@@ -62,7 +62,7 @@ class Tub:
         self._dials: dict[str, _Dial] = {}
         self._registered: dict[str, Referenceable] = {}
         self._minted: weakref.WeakValueDictionary[str, Referenceable] = weakref.WeakValueDictionary()
-        self._names: weakref.WeakKeyDictionary[Referenceable, str] = weakref.WeakKeyDictionary()
+        self._accepting = trio.CapacityLimiter(NEGOTIATIONS_MAX)
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -83,7 +83,7 @@ class Tub:
         """Keep an object for whoever knows its FURL, which is returned: a secret."""
         name = name or base32.b2a(secrets.token_bytes(SWISSNUM_BYTES))
         self._registered[name] = referenceable
-        self._names[referenceable] = name
+        self._names_of(referenceable)[self.tub_id] = name
         return f"pb://{self.tub_id}@{self._location or ''}/{name}"
 
     def object_by_name(self, name: str) -> Referenceable | None:
@@ -92,11 +92,18 @@ class Tub:
     def furl_of(self, target: Referenceable) -> str | None:
         if self._location is None:
             return None
-        name = self._names.get(target)
+        names = self._names_of(target)
+        name = names.get(self.tub_id)
         if name is None:
-            name = self._names[target] = base32.b2a(secrets.token_bytes(SWISSNUM_BYTES))
+            name = names[self.tub_id] = base32.b2a(secrets.token_bytes(SWISSNUM_BYTES))
             self._minted[name] = target
         return f"pb://{self.tub_id}@{self._location}/{name}"
+
+    @staticmethod
+    def _names_of(target: Referenceable) -> dict[str, str]:
+        # Kept on the object itself, by tub: it may be unhashable, and must not be kept alive for its name.
+        names: dict[str, str] = vars(target).setdefault("_names_by_tub", {})
+        return names
 
     # --- connections
 
@@ -139,7 +146,7 @@ class Tub:
 
     async def _dial(self, furl: Furl, dial: _Dial) -> None:
         """Try all hints at once. The first connection to that tub, also an inbound one, ends it: see _adopt."""
-        hints = furl.tcp_hints()[:HINTS_MAX]
+        hints = furl.tcp_hints()
         errors: list[PeerError] = []
         dial.error = ConnectionLostError("tub stopped")
         dial.scope.deadline = trio.current_time() + CONNECT_TIMEOUT_S
@@ -182,8 +189,10 @@ class Tub:
         """
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):
-                tls_stream, agreement = await self._handshaker.accept(stream, received)
+                async with self._accepting:
+                    tls_stream, agreement = await self._handshaker.accept(stream, received)
         except (PeerError, trio.TooSlowError) as error:
+            await trio.aclose_forcefully(stream)
             log.info("inbound connection refused: %s", error or "too slow")
             return
         await self._serve(self._adopt(tls_stream, agreement))

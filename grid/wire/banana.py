@@ -105,19 +105,15 @@ class TokenReader:
         end = len(data)
         if position >= end:
             return None
-        # Nearly every header is none or one byte long.
-        kind = data[position]
-        header = 0
-        if kind < 0x80:
+        header = shift = 0
+        while (kind := data[position]) < 0x80:
+            header |= kind << shift
+            shift += 7
             position += 1
+            if shift > 7 * HEADER_BYTES_MAX:
+                raise RemoteProtocolError(f"token prefix is limited to {HEADER_BYTES_MAX} bytes")
             if position >= end:
                 return None
-            header, kind = kind, data[position]
-            if kind < 0x80:
-                header, position = self._long_header(data, end)
-                if position < 0:
-                    return None
-                kind = data[position]
         position += 1
         if kind in _BARE_KINDS:
             self._position = position
@@ -128,21 +124,6 @@ class TokenReader:
                 raise RemoteProtocolError("unknown word in VOCAB token")
             return STRING, self.vocabulary[header]
         return self._take_body(kind, header, position, end)
-
-    def _long_header(self, data: bytes, end: int) -> tuple[int, int]:
-        """(value, position of the type byte); the position is -1 while that has not arrived."""
-        start = position = self._position
-        limit = min(end, start + HEADER_BYTES_MAX + 1)
-        while position < limit and data[position] < 0x80:
-            position += 1
-        if position - start > HEADER_BYTES_MAX:
-            raise RemoteProtocolError(f"token prefix is limited to {HEADER_BYTES_MAX} bytes")
-        if position >= end:
-            return 0, -1
-        header = 0
-        for place in range(position - start):
-            header |= data[start + place] << 7 * place
-        return header, position
 
     def _take_body(self, kind: int, header: int, position: int, end: int) -> Token | None:
         length = header

@@ -13,11 +13,10 @@ Source: foolscap 24.9's broker, as Tahoe-LAFS 1.20 uses it.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from attrs import define, frozen
+from attrs import frozen
 
 from grid.errors import PeerError, RemoteFailure, RemoteProtocolError, Violation
 from grid.wire.banana import (
@@ -31,6 +30,7 @@ from grid.wire.banana import (
     ping_token,
 )
 from grid.wire.failures import failure_to_send
+from grid.wire.reference_tables import BROKER_CLID, Names, ReferenceTables
 from grid.wire.references import Referenceable, Releases, RemoteHandle
 from grid.wire.remote_interfaces import INTERFACES, RIBroker
 from grid.wire.schemas import ANY, RemoteInterface, Schema
@@ -39,11 +39,7 @@ from grid.wire.unslicers import Arguments, Message, MessageReader, SpoiledMessag
 
 log = logging.getLogger(__name__)
 
-THEIR_OBJECTS_MAX: Final = 100_000  # ours: references held from one peer
-OUR_OBJECTS_MAX: Final = 100_000  # ours: objects a peer may keep alive
 RELEASES_BATCH: Final = 32  # clids released before we tell the peer without being asked to
-
-BROKER_CLID: Final = 0
 
 
 @frozen
@@ -74,30 +70,6 @@ class Failed:
 Event = InboundCall | Answered | Failed
 
 
-class Names(Protocol):
-    """What the tub knows of its objects."""
-
-    def object_by_name(self, name: str) -> Referenceable | None: ...
-
-    def furl_of(self, target: Referenceable) -> str | None:
-        """None when this tub has no location. Mints a name for an object that has none."""
-
-
-@define
-class _Ours:
-    target: Referenceable
-    clid: int
-    sent: int = 0  # times sent, less what the peer gave back
-
-
-@define
-class _Theirs:
-    interface_name: str
-    arrivals: int = 0  # my-references received and not given back
-    releasing: int = 0  # of the arrivals, those given back in a call not answered yet
-    handles: int = 0  # handles on it not released yet
-
-
 class Broker:
     """Raises RemoteProtocolError from receive_data(), once: the ERROR token to send is then queued already."""
 
@@ -109,22 +81,15 @@ class Broker:
         names: Names,
         make_handle: Callable[[int, str, Releases], RemoteHandle] = RemoteHandle,
     ) -> None:
-        self._peer_tub_id = peer_tub_id
         self._names = names
-        self._make_handle = make_handle
+        self._tables = ReferenceTables(peer_tub_id, names, make_handle)
         vocabulary = VOCABULARIES[vocabulary_index]
         self._tokens = TokenReader(vocabulary)
-        self._reader = MessageReader(self)
-        self._writer = MessageWriter(vocabulary, self._slice_own, self._slice_handle)
+        self._reader = MessageReader(self._tables)
+        self._writer = MessageWriter(vocabulary, self._tables.slice_own, self._tables.slice_handle)
         self._outgoing: list[Buffer] = []
         self.outgoing_bytes = 0  # queued
         self.reply_bytes = 0  # of those: answers, errors and PONGs, which the peer makes us send
-        self._ours: dict[int, _Ours] = {}
-        self._our_clids: dict[int, int] = {}  # id(object) -> clid; the object is kept alive by _ours
-        self._next_clid = 1
-        self._just_sliced: list[_Ours] = []
-        self._theirs: dict[int, _Theirs] = {}
-        self._releases: deque[int] = deque()
         self._waiting: dict[int, tuple[Schema, int, int]] = {}  # reqid -> (schema, clid and count being released)
         self._next_reqid = 1
         self._executing: set[int] = set()
@@ -171,7 +136,7 @@ class Broker:
             return  # answered twice, or never asked
         schema, released_clid, released_count = waiting
         if released_count:
-            self._forget_theirs(released_clid, released_count)
+            self._tables.forget_theirs(released_clid, released_count)
             return
         if not isinstance(result, PeerError):
             try:
@@ -194,7 +159,7 @@ class Broker:
                 bound = RIBroker.methods[name].bind(arguments.positional, arguments.keywords)
                 self.send_answer(reqid, getattr(self, f"_remote_{name}")(*bound))
                 return
-            target = self._our_target(clid)
+            target = self._tables.target(clid)
             interface = target.remote_interface
             if interface is None:
                 events.append(InboundCall(reqid, target, name, tuple(arguments.positional), arguments.keywords))
@@ -203,12 +168,6 @@ class Broker:
                 events.append(InboundCall(reqid, target, name, bound, {}))
         except (Violation, RemoteFailure) as error:
             self.send_error(reqid, error)
-
-    def _our_target(self, clid: int) -> Referenceable:
-        ours = self._ours.get(clid)
-        if ours is None:
-            raise Violation("no such object")
-        return ours.target
 
     # --- what a peer may ask of the connection itself
 
@@ -221,11 +180,7 @@ class Broker:
         return target
 
     def _remote_decref(self, clid: int, count: int) -> None:
-        ours = self._ours.get(clid)
-        if ours is None or not 0 < count <= ours.sent:
-            raise Violation("decref of what was not sent")
-        ours.sent -= count
-        self._retire(ours)
+        self._tables.decref(clid, count)
 
     def _remote_decgift(self, gift: int, count: int) -> None:
         raise Violation("no gifts are given by this Tub")
@@ -241,7 +196,7 @@ class Broker:
         keywords: Mapping[str, object] | None = None,
     ) -> int:
         """Queue a call and return its request id. Raises Violation if it cannot be encoded; nothing is queued then."""
-        if len(self._releases) >= RELEASES_BATCH:
+        if self._tables.releases_waiting >= RELEASES_BATCH:
             self.flush_releases()
         interface = RIBroker if clid == BROKER_CLID else INTERFACES.get(interface_name)
         return self._call(clid, method, args, keywords, _result_schema(interface, method), (0, 0))
@@ -293,13 +248,11 @@ class Broker:
         return outgoing
 
     def _encode(self, write: Callable[[], list[Buffer]], is_reply: bool = False) -> None:
-        self._just_sliced = []
+        self._tables.begin_message()
         try:
             buffers = write()
         except Violation:
-            for ours in self._just_sliced:
-                ours.sent -= 1
-                self._retire(ours)
+            self._tables.roll_back_message()
             raise
         self._queue(buffers, is_reply)
 
@@ -312,83 +265,14 @@ class Broker:
 
     # --- references
 
-    def _slice_own(self, target: Referenceable) -> tuple[int, bytes | None, bytes | None]:
-        clid = self._our_clids.get(id(target))
-        if clid is not None:
-            ours = self._ours[clid]
-            ours.sent += 1
-            self._just_sliced.append(ours)
-            return clid, None, None
-        if len(self._ours) >= OUR_OBJECTS_MAX:
-            raise Violation("the peer holds too many of our objects")
-        furl = self._names.furl_of(target)
-        ours = _Ours(target, self._next_clid, 1)
-        self._next_clid += 1
-        self._ours[ours.clid] = ours
-        self._our_clids[id(target)] = ours.clid
-        self._just_sliced.append(ours)
-        interface = target.remote_interface
-        return ours.clid, interface.name.encode() if interface else b"", furl.encode() if furl else None
-
-    def _retire(self, ours: _Ours) -> None:
-        if ours.sent <= 0 and ours.clid in self._ours:
-            del self._ours[ours.clid], self._our_clids[id(ours.target)]
-
-    def _slice_handle(self, handle: RemoteHandle) -> int:
-        if not handle.belongs_to(self._releases):
-            raise Violation("a reference of another connection cannot be sent")
-        if handle.clid < 0:
-            raise Violation("a bound method cannot be sent home")
-        return handle.clid
-
-    def their_object(self, clid: int, interface_name: bytes | None, furl: bytes | None) -> RemoteHandle:
-        if furl is not None and not furl.startswith(b"pb://" + self._peer_tub_id.encode()):
-            raise RemoteProtocolError("reference with a FURL of another Tub")
-        theirs = self._theirs.get(clid)
-        if theirs is None:
-            if len(self._theirs) >= THEIR_OBJECTS_MAX:
-                raise RemoteProtocolError("too many references")
-            theirs = self._theirs[clid] = _Theirs((interface_name or b"").decode("utf-8", "replace"))
-        theirs.arrivals += 1
-        theirs.handles += 1
-        return self._make_handle(clid, theirs.interface_name, self._releases)
-
-    def my_object(self, clid: int) -> Referenceable:
-        ours = self._ours.get(clid)
-        if ours is None:
-            raise RemoteProtocolError("your-reference to an unknown object")
-        return ours.target
-
-    def check_call(self, clid: int, method: bytes) -> None:
-        interface = RIBroker if clid == BROKER_CLID else self._our_target(clid).remote_interface
-        if interface is not None and method.decode("utf-8", "replace") not in interface.methods:
-            raise Violation(f"method not defined in {interface.name}")
-
     @property
     def releases_waiting(self) -> int:
-        return len(self._releases)
+        return self._tables.releases_waiting
 
     def flush_releases(self) -> None:
         """Tell the peer which of its objects nobody here holds any more."""
-        while self._releases:
-            clid = self._releases.popleft()
-            theirs = self._theirs.get(clid)
-            if theirs is None:
-                continue
-            theirs.handles -= 1
-            count = theirs.arrivals - theirs.releasing
-            if theirs.handles == 0 and count:
-                theirs.releasing += count
-                self._call(BROKER_CLID, "decref", (), {"clid": clid, "count": count}, ANY, (clid, count))
-
-    def _forget_theirs(self, clid: int, count: int) -> None:
-        # Only now: until the peer has answered, the object may arrive again under the same clid, without its
-        # interface name.
-        theirs = self._theirs[clid]
-        theirs.arrivals -= count
-        theirs.releasing -= count
-        if theirs.arrivals <= 0:
-            del self._theirs[clid]
+        for clid, count in self._tables.take_releases():
+            self._call(BROKER_CLID, "decref", (), {"clid": clid, "count": count}, ANY, (clid, count))
 
 
 class _PeerReportedError(RemoteProtocolError):

@@ -11,12 +11,15 @@ Source: foolscap 24.9's duplicate handling.
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from attrs import define, field
 
 from grid.errors import NegotiationError
 
 LastConnection = tuple[str, int]  # (incarnation, number); the incarnation is "none" at first
-NEVER: LastConnection = ("none", 0)
+NEVER: Final[LastConnection] = ("none", 0)
+PEERS_MAX: Final = 10_000  # ours: strangers may come under ever new tub ids; the oldest are forgotten
 
 
 class DuplicateConnectionError(NegotiationError):
@@ -43,6 +46,7 @@ class ConnectionRecords:
 
     def remember_told(self, peer_tub_id: str, last: LastConnection) -> None:
         self._last_told[peer_tub_id] = last
+        _bound(self._last_told)
 
     def accept(self, peer_tub_id: str, incarnation: str | None, last: LastConnection | None) -> int:
         """As master: the number of the new connection, or DuplicateConnectionError if the old one stays.
@@ -54,6 +58,7 @@ class ConnectionRecords:
             raise DuplicateConnectionError("Duplicate connection")
         number = self._last_given.get(peer_tub_id, 0) + 1
         self._last_given[peer_tub_id] = number
+        _bound(self._last_given)
         self._live[peer_tub_id] = _Live(incarnation, number)
         return number
 
@@ -73,3 +78,8 @@ class ConnectionRecords:
         live = self._live.get(peer_tub_id)
         if live is not None and live.number == number:
             del self._live[peer_tub_id]
+
+
+def _bound(by_peer: dict[str, Any]) -> None:
+    while len(by_peer) > PEERS_MAX:
+        del by_peer[next(iter(by_peer))]

@@ -42,7 +42,7 @@ class PlaintextRefusalError(NegotiationError):
     """Send `response`, then close: the acceptor does not speak with this dialler."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)
+        super().__init__(_shown(text.encode()))
         self.response = f"HTTP/1.1 500 Internal Server Error: {text}\r\n\r\n".encode()
 
 

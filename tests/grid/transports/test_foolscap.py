@@ -136,4 +136,21 @@ async def test_released_objects_are_forgotten(start_tub: StartTub, foolscap_peer
     for _ in range(100):
         (await reference.call("new_object", timeout_s=FAR_S)).release()
     assert await reference.call("echo", 1, timeout_s=FAR_S) == 1
-    assert len(reference._connection._broker._theirs) < 50
+    assert len(reference._connection._broker._tables._theirs) < 50
+
+
+@WE_ARE_MASTER
+async def test_much_to_say_at_once_after_the_decision(
+    start_tub: StartTub, foolscap_peer: FoolscapPeer, we_are_master: bool
+) -> None:
+    """Until a slave has read the master's decision, it takes banana for text, and not more than 4096 bytes of it."""
+    tub = await start_tub(identity_beside(foolscap_peer.tub_id, greater=we_are_master))
+    references: list[RemoteReference] = []
+
+    async def get() -> None:
+        references.append(await tub.get_reference(foolscap_peer.furl, timeout_s=FAR_S))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(200):
+            nursery.start_soon(get)
+    assert {reference.clid for reference in references} == {1}

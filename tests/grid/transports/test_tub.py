@@ -228,7 +228,7 @@ async def test_released_objects_are_forgotten(start_tub: StartTub) -> None:
         (await reference.call("new_object", timeout_s=FAR_S)).release()
     gc.collect()
     (connection,) = acceptor._connections.values()
-    assert len(connection._broker._ours) < 50
+    assert len(connection._broker._tables._ours) < 50
 
 
 async def test_garbage_after_negotiation_ends_that_connection_only(

@@ -189,7 +189,7 @@ def test_a_call_that_cannot_be_sent_leaves_nothing_behind() -> None:
     with pytest.raises(Violation):
         caller.send_call(handle.clid, "", "write", (canary, object()))
     assert take(caller) == b""
-    assert caller._ours == {}
+    assert caller._tables._ours == {}
     reqid = caller.send_call(handle.clid, "RIBucketWriter", "close", ())
     (call,) = pass_on(caller, server)
     assert isinstance(call, InboundCall)
@@ -222,9 +222,9 @@ def test_released_references_are_given_back_with_their_count() -> None:
         again.release()
     caller.flush_releases()
     assert pass_on(caller, server) == []
-    assert server._ours == {}
+    assert server._tables._ours == {}
     assert pass_on(server, caller) == []
-    assert caller._theirs == {}
+    assert caller._tables._theirs == {}
 
 
 def _again(caller: Broker, server: Broker) -> RemoteHandle:
@@ -252,7 +252,7 @@ def test_an_object_that_arrives_while_it_is_given_back_stays() -> None:
     caller.flush_releases()
     pass_on(caller, server)
     pass_on(server, caller)
-    assert (server._ours, caller._theirs) == ({}, {})
+    assert (server._tables._ours, caller._tables._theirs) == ({}, {})
 
 
 def test_forgotten_handles_are_given_back_in_batches() -> None:
@@ -267,7 +267,7 @@ def test_forgotten_handles_are_given_back_in_batches() -> None:
         pass_on(server, caller)
     gc.collect()
     assert server_calls == RELEASES_BATCH + 1
-    assert len(server._ours) <= 3
+    assert len(server._tables._ours) <= 3
     assert caller.releases_waiting <= 2
 
 
