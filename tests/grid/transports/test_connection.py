@@ -102,3 +102,17 @@ async def test_a_peer_that_does_not_read_our_answers_is_not_read_either(
     with trio.move_on_after(5):
         await connection.wait_lost()
     await trio.aclose_forcefully(peer)
+
+
+async def test_a_master_with_much_to_say_waits_until_its_slave_reads_banana(nursery: trio.Nursery) -> None:
+    connection, peer = await connect(nursery)
+    for _ in range(100):
+        connection.get_reference_by_name("n" * 32)
+    assert await peer.receive_some() == b"\x8e"
+    await trio.testing.wait_all_tasks_blocked()
+    await peer.send_all(b"\x8f")
+    received = 0
+    while received < 100 * 60:
+        received += len(await peer.receive_some())
+    connection.close("test")
+    await peer.aclose()
