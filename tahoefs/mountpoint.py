@@ -36,7 +36,7 @@ def filesystem_at(path: Path) -> str | None:
 def prepare(path: Path) -> None:
     """Make sure `path` is an empty directory that we may mount on. Raises MountPointError."""
     mounted = filesystem_at(path)
-    if mounted == FUSE_TYPE and _is_dead(path):
+    if mounted == FUSE_TYPE and is_dead(path):
         unmount(path, lazy=True)
         mounted = filesystem_at(path)
     if mounted is not None:
@@ -81,7 +81,8 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
         raise MountPointError(f"{path}: {reason}")
 
 
-def _is_dead(path: Path) -> bool:
+def is_dead(path: Path) -> bool:
+    """A mount whose daemon was killed: the kernel answers ENOTCONN in its place."""
     try:
         path.stat()
     except OSError as error:

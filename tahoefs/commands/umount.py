@@ -10,7 +10,7 @@ import click
 
 from tahoefs.cli import UserError
 from tahoefs.control_client import ControlError, ask
-from tahoefs.mountpoint import FUSE_TYPE, filesystem_at, unmount
+from tahoefs.mountpoint import FUSE_TYPE, filesystem_at, is_dead, unmount
 from tahoefs.progress import Progress
 from tahoefs.registry import absolute, find_socket
 
@@ -28,25 +28,27 @@ def command(mountpoint: Path, no_wait: bool, timeout_s: float | None) -> None:
     socket = find_socket(where)
     if filesystem_at(where) != FUSE_TYPE and socket is None:
         raise UserError(f"{where}: not a tahoefs mount")
+    if filesystem_at(where) == FUSE_TYPE and is_dead(where):
+        unmount(where, lazy=True)
+        raise UserError(f"{where}: cleared, but its daemon had died: what it had not sent is lost")
     if socket is not None:
-        if no_wait:
-            pending = ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)["pending"]
-            if any(pending.values()):
-                raise UserError(
-                    f"{where}: {pending['files']} files are not sent yet and would be lost; leave out --no-wait"
-                )
-        else:
-            with Progress("sending") as progress:
-                ask(
-                    socket,
-                    {"command": "sync", "timeout_s": timeout_s},
-                    timeout_s=ANSWER_TIMEOUT_S,
-                    progress=progress.pending,
-                )
+        _send_all(where, socket, no_wait=no_wait, timeout_s=timeout_s)
     if filesystem_at(where) == FUSE_TYPE:
         unmount(where)
     if socket is not None:
         _wait_until_gone(socket)
+
+
+def _send_all(where: Path, socket: Path, *, no_wait: bool, timeout_s: float | None) -> None:
+    """Raises ControlError when it cannot be sent, UserError when there is something and nobody wants to wait."""
+    if not no_wait:
+        with Progress("sending") as progress:
+            request = {"command": "sync", "timeout_s": timeout_s}
+            ask(socket, request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.pending)
+        return
+    pending = ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)["pending"]
+    if any(pending.values()):
+        raise UserError(f"{where}: {pending['files']} files are not sent yet and would be lost; leave out --no-wait")
 
 
 def _wait_until_gone(socket: Path) -> None:
