@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +51,11 @@ def check_storage_index(storage_index: bytes) -> bytes:
     if len(storage_index) != STORAGE_INDEX_BYTES:
         raise BadRequestError(f"a storage index is {STORAGE_INDEX_BYTES} bytes")
     return storage_index
+
+
+@lru_cache(maxsize=1024)  # several uses in one call, several calls in a row
+def _name_of(storage_index: bytes) -> str:
+    return base32.b2a(storage_index)
 
 
 class ShareStore(Places):
@@ -103,14 +109,14 @@ class ShareStore(Places):
     # --- where things are
 
     def bucket(self, storage_index: bytes) -> str:
-        text = base32.b2a(storage_index)
+        text = _name_of(storage_index)
         return f"{self._shares}/{text[:2]}/{text}"
 
     def share(self, storage_index: bytes, number: int) -> str:
         return f"{self.bucket(storage_index)}/{number}"
 
     def upload(self, storage_index: bytes, number: int) -> str:
-        return f"{self._incoming}/{base32.b2a(storage_index)}.{number}"
+        return f"{self._incoming}/{_name_of(storage_index)}.{number}"
 
     def temporary(self, storage_index: bytes, number: int) -> str:
         return f"{self.upload(storage_index, number)}.new"

@@ -150,6 +150,10 @@ class StorageService:
         self._first_upload.set()
         return upload
 
+    @property
+    def uploads_in_progress(self) -> int:
+        return len(self._uploads)
+
     def find_upload(self, storage_index: bytes, number: int) -> Upload | None:
         """The one in progress, if there is one."""
         return self._uploads.get((storage_index, number))

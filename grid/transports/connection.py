@@ -84,6 +84,11 @@ class RemoteReference(RemoteHandle):
         return self._connection.peer_tub_id
 
     @property
+    def connection(self) -> object:
+        """What this reference lives on: one and the same for all references that came over one connection."""
+        return self._connection
+
+    @property
     def is_lost(self) -> bool:
         return self._connection.is_lost
 
@@ -234,6 +239,8 @@ class Connection:
     # --- calls to our objects
 
     async def _start_handler(self, call: InboundCall, nursery: trio.Nursery) -> None:
+        while self._broker.reply_bytes > REPLY_BYTES_MAX:  # many small calls may ask for large answers
+            await self._written.park()
         await self._handler_slots.acquire()
         started = trio.Event()
         nursery.start_soon(self._handle, call, started)
