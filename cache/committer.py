@@ -216,7 +216,10 @@ class Committer:
                 state = self._dirty.get(directory)
                 if state is not None and state.scheduled_at == due:
                     state.scheduled_at = None
-                    self._consider(directory, state, now)
+                    try:
+                        self._consider(directory, state, now)
+                    except Exception:
+                        log.exception("looking after %s failed in an unforeseen way", directory.path or "a directory")
             with trio.move_on_at(self._due[0][0] if self._due else float("inf")):
                 await self._kick.wait()
             self._kick = trio.Event()
@@ -232,6 +235,8 @@ class Committer:
         else:
             batch = [change for change in directory.changes.values() if may_go(change)]
             if batch or directory.is_new:
+                for change in batch:
+                    change.sent = True  # from here on: what takes its place from now on must know of it
                 self._publishing += 1
                 state.publishing = trio.CancelScope()
                 self._nursery.start_soon(self._publish, directory, state, state.publishing, batch)
@@ -241,8 +246,6 @@ class Committer:
     async def _publish(self, directory: Directory, state: _Dirty, scope: trio.CancelScope, batch: list[Change]) -> None:
         try:
             with scope:
-                for change in batch:
-                    change.sent = True
                 async with directory.grid_lock:
                     with trio.fail_after(PUBLISH_TIMEOUT_S):
                         published = await publish(self._client, directory, batch)

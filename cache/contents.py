@@ -22,7 +22,7 @@ from grid.errors import GridError
 
 INLINE_BYTES_MAX: Final = 1 << 20  # spool I/O up to here is done on the spot
 CATCH_UP_BYTES_MAX: Final = 1 << 20  # hashed per write when writes came out of order
-FILE_BYTES_MAX: Final = 1 << 50  # a larger size is a mistake: no grid takes it
+FILE_BYTES_MAX: Final = 8 << 40  # what a local file, though sparse, can be on any common file system
 CHAIN_MAX: Final = 4  # sealed files laid over each other before they are copied into one
 
 

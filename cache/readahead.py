@@ -19,22 +19,17 @@ class ReadAhead:
     """Feed it every read; it answers with the segments to have ready."""
 
     def __init__(self) -> None:
-        self._expected = 0
-        self._streak = 0
+        self._expected: int | None = None  # where the next read starts, if it goes on; None before the first
         self._window = 0  # segments
         self._segment = -1  # the furthest one entered
 
     def note(self, offset: int, length: int, segment_size: int, size: int) -> range:
         """After a read of a file of `size` bytes, segments of `segment_size`: those to prefetch, nearest first."""
-        near = abs(offset - self._expected) <= NEAR_BYTES
-        self._streak = self._streak + 1 if near else 0
-        self._expected = max(self._expected, offset + length) if near else offset + length
+        near = self._expected is not None and abs(offset - self._expected) <= NEAR_BYTES
+        self._expected = max(self._expected or 0, offset + length) if near else offset + length
         last = max(0, min(self._expected, size) - 1) // segment_size
-        if self._streak == 0:
+        if not near:  # a jump, or the first read of all, which says nothing yet
             self._window, self._segment = 0, last
-            return range(0)
-        if self._streak == 1 and last == 0 and offset == 0:
-            self._segment = last  # the first read of the file says nothing yet
             return range(0)
         if last > self._segment or self._window == 0:
             limit = max(1, min(WINDOW_SEGMENTS_MAX, WINDOW_BYTES_MAX // segment_size))
