@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import re
 from base64 import b32encode
-from hashlib import sha1
+from hashlib import sha1, sha256
 from typing import Final, Self
 
 from attrs import field, frozen
@@ -217,6 +217,16 @@ class TubIdentity:
     def pem(self) -> bytes:
         """As node.pem holds it: certificate, then key."""
         return self.certificate_pem + self.private_key_pem
+
+
+def spki_hash_of_certificate(der: bytes) -> bytes:
+    """SHA-256 of the certificate's SubjectPublicKeyInfo, 32 bytes: who a server is over HTTP. Raises FormatError."""
+    try:
+        key = x509.load_der_x509_certificate(der).public_key()
+        spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return sha256(spki).digest()
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise FormatError("not a certificate, or of an unknown kind") from None
 
 
 def tub_id_of_certificate(der: bytes) -> str:

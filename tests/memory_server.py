@@ -141,7 +141,7 @@ class MemoryServer:
             self.leases.setdefault(storage_index, set()).add(lease.renew)
         writers: dict[int, IBucketWriter] = {}
         for number in share_numbers - have:
-            if (storage_index, number) in self.incoming or self.full or self.readonly:
+            if (storage_index, number) in self.incoming or self.full or self.readonly or allocated_size > SHARES_MAX:
                 continue
             writer = MemoryBucketWriter(self, storage_index, number, lease, allocated_size)
             self.incoming[storage_index, number] = writer

@@ -5,21 +5,27 @@ The dialler uses the standard library. The acceptor cannot: the standard library
 only together with verifying it, which self-signed ones fail; so it uses pyOpenSSL with a callback that accepts.
 Both run over memory buffers under one stream, which reads and writes in large pieces.
 
+For HTTP the server alone shows a certificate, and the standard library does both sides. Whoever dials compares
+the hash of its public key with what was announced, see `dial_pinned`.
+
 Limits: nothing is read ahead beyond one read of the socket, and ciphertext is sent in pieces of at most
 SEND_BYTES plus one record.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import ssl
 from collections.abc import Sequence
+from functools import cache
 from typing import Final, Protocol
 
 import trio
 from OpenSSL import SSL, crypto
 
-from grid.crypto import TubIdentity
+from grid.crypto import TubIdentity, spki_hash_of_certificate
+from grid.errors import FormatError, NegotiationError
 
 READ_BYTES: Final = 256 << 10  # asked of the socket at a time
 RECORD_BYTES: Final = 16 << 10  # plaintext in one TLS record
@@ -60,6 +66,11 @@ class TLSStream(trio.abc.Stream):
     @property
     def peer_certificate_der(self) -> bytes | None:
         return self._engine.peer_certificate_der()
+
+    @property
+    def socket(self) -> trio.socket.SocketType | None:
+        """Of the transport, if that is one."""
+        return self._transport.socket if isinstance(self._transport, trio.SocketStream) else None
 
     async def do_handshake(self) -> None:
         """Raises BrokenResourceError. The caller sets the deadline."""
@@ -153,8 +164,9 @@ class TubTLS:
     async def dial(self, transport: trio.abc.Stream) -> TLSStream:
         """The handshake as TLS client. Raises BrokenResourceError; the transport is the caller's to close then."""
         if self._client is None:
-            self._client = _client_context(self._identity)
-        return await _shake_hands(transport, _ClientEngine(self._client))
+            self._client = _client_context()
+            _load_identity(self._client, self._identity)
+        return await _shake_hands(transport, _LibraryEngine(self._client))
 
     async def accept(self, transport: trio.abc.Stream) -> TLSStream:
         """The handshake as TLS server. Raises BrokenResourceError; the transport is the caller's to close then."""
@@ -163,22 +175,64 @@ class TubTLS:
         return await _shake_hands(transport, _ServerEngine(self._server))
 
 
+class ServerTLS:
+    """Accepting for HTTP: shows the tub's certificate, asks for none. The context is made once."""
+
+    def __init__(self, identity: TubIdentity) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.set_ciphers("DEFAULT:@SECLEVEL=1")  # as for tubs: an old key is still this server's key
+        self._context.options |= ssl.OP_NO_RENEGOTIATION
+        self._context.set_alpn_protocols(["http/1.1"])
+        _load_identity(self._context, identity)
+
+    async def accept(self, transport: trio.abc.Stream, received: bytes = b"") -> TLSStream:
+        """The handshake; `received` was read of it already. As for tubs."""
+        engine = _LibraryEngine(self._context, server_side=True)
+        engine.put(received)
+        return await _shake_hands(transport, engine)
+
+
+async def dial_pinned(transport: trio.abc.Stream, spki_hash: bytes) -> TLSStream:
+    """The handshake with a server that must hold the key whose SubjectPublicKeyInfo has this SHA-256.
+
+    Nothing else in its certificate counts. Raises BrokenResourceError, or NegotiationError when it is another
+    server; the transport is the caller's to close then.
+    """
+    stream = await _shake_hands(transport, _LibraryEngine(_pinned_context()))
+    try:
+        found = spki_hash_of_certificate(stream.peer_certificate_der or b"")
+    except FormatError as error:
+        raise NegotiationError(f"the server's certificate: {error}") from None
+    if not hmac.compare_digest(found, spki_hash):
+        raise NegotiationError("the server's key is not the announced one")
+    return stream
+
+
 async def _shake_hands(transport: trio.abc.Stream, engine: _Engine) -> TLSStream:
     stream = TLSStream(transport, engine)
     await stream.do_handshake()
     return stream
 
 
-# --- dialling: the standard library
+# --- the standard library
 
 
-def _client_context(identity: TubIdentity) -> ssl.SSLContext:
+def _client_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     # Old tubs have short keys. It is the hash of the certificate that says who they are, nothing in it.
     context.set_ciphers("DEFAULT:@SECLEVEL=1")
     context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+@cache
+def _pinned_context() -> ssl.SSLContext:
+    return _client_context()
+
+
+def _load_identity(context: ssl.SSLContext, identity: TubIdentity) -> None:
     # The standard library loads keys from named files only: this one has no place on any disk.
     descriptor = os.memfd_create("tub", os.MFD_CLOEXEC)
     try:
@@ -186,14 +240,13 @@ def _client_context(identity: TubIdentity) -> ssl.SSLContext:
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
-    return context
 
 
-class _ClientEngine:
-    def __init__(self, context: ssl.SSLContext) -> None:
+class _LibraryEngine:
+    def __init__(self, context: ssl.SSLContext, *, server_side: bool = False) -> None:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=False)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
 
     def handshake(self) -> bool:
         try:
@@ -239,14 +292,14 @@ class _ClientEngine:
             return None
 
 
-# --- accepting: pyOpenSSL
+# --- accepting as a tub: pyOpenSSL
 
 
 def _server_context(identity: TubIdentity) -> SSL.Context:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(b"DEFAULT:@SECLEVEL=1")
-    context.set_options(SSL.OP_NO_RENEGOTIATION)
+    context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)  # every connection proves its key anew
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     certificate = crypto.load_certificate(crypto.FILETYPE_PEM, identity.certificate_pem)
     key = crypto.load_privatekey(crypto.FILETYPE_PEM, identity.private_key_pem)
