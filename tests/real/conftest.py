@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tahoefs.control_client import ControlError
-from tahoefs.mountpoint import FUSE_TYPE, filesystem_at
+from tahoefs.mountpoint import FUSE_TYPE, filesystem_at, unmount
 from tests.real.mounting import Mount, Mounter, can_mount, tahoefs
 from tests.real.tahoe_grid import TahoeGrid, TahoeNotAvailable
 
@@ -40,11 +39,10 @@ def node_dir(real_grid: TahoeGrid) -> Path:
 
 
 @pytest.fixture
-def mounted(node_dir: Path, tmp_path: Path) -> Iterator[Mounter]:
+def mounted(node_dir: Path, tmp_path: Path) -> Mounter:
     """`with mounted(cap, "ro") as mount:` mounts by the command line and unmounts at the end, sending everything."""
     if (reason := can_mount()) is not None:
         pytest.skip(reason)
-    pids: list[int] = []
     count = 0
 
     @contextlib.contextmanager
@@ -55,23 +53,26 @@ def mounted(node_dir: Path, tmp_path: Path) -> Iterator[Mounter]:
         where.mkdir()
         arguments = [each for option in options for each in ("-o", option)]
         tahoefs("mount", "-", where, "-d", node_dir, *arguments, stdin=cap)
-        one = Mount(where)
-        pids.append(one.pid)
-        try:
-            yield one
-        finally:
-            if drain:
-                tahoefs("umount", where)
-            elif filesystem_at(where) == FUSE_TYPE:
-                subprocess.run(["umount", "-l", where], check=True)
+        yield Mount(where)
+        if drain:
+            tahoefs("umount", where)
 
-    yield mount
-    for pid in pids:  # a test that failed, or that did not drain, leaves a daemon
-        with contextlib.suppress(ProcessLookupError, ControlError):
-            os.kill(pid, signal.SIGKILL)
-    for number in range(1, count + 1):
-        if filesystem_at(tmp_path / f"mnt{number}") == FUSE_TYPE:
-            subprocess.run(["umount", "-l", tmp_path / f"mnt{number}"], check=False)
+    return mount
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_mounted(tmp_path: Path) -> Iterator[None]:
+    """A test that failed leaves mounts and daemons behind: they must not disturb the next."""
+    yield
+    for where in tmp_path.iterdir() if filesystem_under(tmp_path) else ():
+        if filesystem_at(where) == FUSE_TYPE:
+            with contextlib.suppress(ControlError, ProcessLookupError, AssertionError):
+                os.kill(Mount(where).pid, signal.SIGKILL)
+            unmount(where, lazy=True)
+
+
+def filesystem_under(path: Path) -> bool:
+    return f" {path}/" in Path("/proc/self/mountinfo").read_text()
 
 
 @pytest.fixture
