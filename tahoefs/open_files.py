@@ -24,6 +24,7 @@ from attrs import define, field, frozen
 from tahoefs.errnos import FSError
 from tahoefs.inodes import Inode
 from tahoefs.interfaces import IContents, IWorkspace, IWritableContents, Target
+from tahoefs.targets import cap_of
 
 FILE_BYTES_MAX: Final = 1 << 50  # ours: far above any grid, and far below where offset arithmetic ends
 
@@ -89,6 +90,14 @@ class OpenFile:
             self.writable = await self.workspace.new_contents()
             self._changed()
 
+    async def keep_unlinked(self) -> None:
+        """Before the name goes: what is only on its way to the grid would go with it, so hold it here.
+
+        Called with the folder's lock held, so without ours (see the order of locks); hence the second look.
+        """
+        if self.writable is None and cap_of(self.inode.target) is None:
+            self._take(await self.workspace.new_contents(self.inode.target))
+
     @contextmanager
     def while_storing(self) -> Iterator[None]:
         self.storing = True
@@ -113,11 +122,17 @@ class OpenFile:
 
     async def _for_writing(self, keep: int | None) -> IWritableContents:
         """The spool file; over the stored contents, of which only the first `keep` bytes count when given."""
+        if self.writable is not None:
+            return self.writable
+        base = None if keep == 0 else self.inode.target
+        return self._take(await self.workspace.new_contents(base, keep=keep))
+
+    def _take(self, made: IWritableContents) -> IWritableContents:
+        """Another task may have been faster while `made` was being opened: then that one's counts."""
         if self.writable is None:
-            base = self.inode.target
-            self.writable = await (
-                self.workspace.new_contents() if keep == 0 else self.workspace.new_contents(base, keep=keep)
-            )
+            self.writable = made
+        else:
+            made.close()
         return self.writable
 
     async def _open_reader(self) -> IContents:

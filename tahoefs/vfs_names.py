@@ -220,6 +220,8 @@ class NameOperations(FileOperations):
             elif inode.kind is Kind.DIRECTORY:
                 raise FSError(errno.EISDIR)
             view = self.view(inode)
+            if inode.opened is not None:
+                await inode.opened.keep_unlinked()
             folder.changed_ns = time.time_ns()
             with folder.being_changed(removed=name, more=-1 if directory else 0):
                 if folder.directory.get(name) is not None:
@@ -294,6 +296,8 @@ class NameOperations(FileOperations):
         if replaced is not None:
             self._require_replaceable(moved, replaced, flags)
             last = self.view(replaced)
+            if replaced.opened is not None:
+                await replaced.opened.keep_unlinked()
         assert link is not None and link.parent.folder is not None and parent.folder is not None
         source, destination = link.parent.folder, parent.folder
         metadata = self._entry_metadata(source, link.name)

@@ -4,24 +4,36 @@ Says "ready" on standard output once the kernel answers; ends when unmounted or 
 counts faults. Names that begin with `fault-` or `hang-` make their lookup raise, or never answer. The root holds:
 
     dir-immutable/file    dir-readonly/file    mutable.txt    mutable-readonly.txt    unknown    literal.txt
+
+With `--real` the workspace is the real one, over storage servers in memory, and empty; the line at the end then holds
+under "tree" what another client finds on that grid: {path: contents' SHA-256, or null for directories}.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import trio
 
+from cache import Directory, Workspace, WorkspaceOptions, open_workspace
 from grid.formats.caps import DirectoryCap, LiteralCap, SDMFReadCap, SDMFWriteCap, UnknownCap
 from tahoefs import fuse
+from tahoefs.interfaces import IWorkspace
 from tahoefs.options import MountOptions
+from tahoefs.targets import is_directory
 from tahoefs.vfs import VFS, Stat
+from tests.cache.memory_client import memory_client
 from tests.tahoefs.memory_workspace import MemoryDirectory, MemoryWorkspace, pages_of
 
+DRAIN_TIMEOUT_S = 60
 FINGERPRINT = bytes(32)
 IMMUTABLE_DIRECTORY = DirectoryCap(LiteralCap(b"an immutable directory"))
 READONLY_DIRECTORY = DirectoryCap(SDMFReadCap(b"r" * 16, FINGERPRINT))
@@ -57,6 +69,39 @@ class FaultyVFS(VFS):
 
 
 async def run(mountpoint: str, options: MountOptions, workspace: MemoryWorkspace) -> None:
+    counts = await serve_until_told(mountpoint, options, workspace)
+    print(json.dumps({**counts, "calls": workspace.calls}), flush=True)
+
+
+async def run_real(mountpoint: str, options: MountOptions) -> None:
+    settings = WorkspaceOptions(poll_s=options.poll_s, durability=options.durability, publish_quiet_s=0.05)
+    with tempfile.TemporaryDirectory() as state:
+        async with memory_client() as (client, root):
+            async with open_workspace(client, root, state_dir=Path(state), options=settings) as workspace:
+                counts = await serve_until_told(mountpoint, options, workspace)
+                with trio.fail_after(DRAIN_TIMEOUT_S):
+                    await workspace.drain()
+            async with open_workspace(client, root, state_dir=Path(state), options=settings) as another:
+                tree = {path: digest async for path, digest in walk(another, another.root, "")}
+    print(json.dumps({**counts, "tree": tree}), flush=True)
+
+
+async def walk(workspace: Workspace, directory: Directory, above: str) -> AsyncIterator[tuple[str, str | None]]:
+    """Everything below `directory`: (path, SHA-256 of a file's contents)."""
+    await workspace.load(directory, None)
+    for name, entry in directory.entries().items():
+        path = f"{above}{name}"
+        if is_directory(entry.target):
+            yield path, None
+            async for found in walk(workspace, workspace.directory(entry.target), f"{path}/"):
+                yield found
+        else:
+            contents = await workspace.open_contents(entry.target)
+            yield path, hashlib.sha256(await contents.read(0, contents.size)).hexdigest()
+            contents.close()
+
+
+async def serve_until_told(mountpoint: str, options: MountOptions, workspace: IWorkspace) -> dict[str, int]:
     vfs = FaultyVFS(workspace, options=options)
     async with trio.open_nursery() as nursery:
         operations = None
@@ -71,14 +116,12 @@ async def run(mountpoint: str, options: MountOptions, workspace: MemoryWorkspace
             nursery.start_soon(_cancel_at_signal, signals, nursery.cancel_scope)
             await trio.sleep_forever()
     assert operations is not None
-    counts = {
+    return {
         "faults": operations.faults,
         "timeouts": operations.timeouts,
         "inodes": len(vfs.table),
         "handles": len(vfs.handles),
-        "calls": workspace.calls,
     }
-    print(json.dumps(counts), flush=True)
 
 
 async def _cancel_at_signal(signals: object, scope: trio.CancelScope) -> None:
@@ -92,11 +135,14 @@ def main() -> None:
     parser.add_argument("-o", dest="options", default="")
     parser.add_argument("--ro-root", action="store_true")
     parser.add_argument("--profile")
+    parser.add_argument("--real", action="store_true")
     arguments = parser.parse_args()
     os.umask(0o022)
     options = MountOptions.parse([arguments.options])
     workspace = scenario(readonly=arguments.ro_root)
-    if arguments.profile:
+    if arguments.real:
+        trio.run(run_real, arguments.mountpoint, options)
+    elif arguments.profile:
         import cProfile
 
         with cProfile.Profile() as profile:

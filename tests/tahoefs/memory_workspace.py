@@ -15,7 +15,7 @@ from typing import Any
 import trio
 from attrs import define, field, frozen
 
-from grid.errors import GridError
+from grid.errors import GridError, NoSuchChildError
 from grid.formats.caps import Cap, DirectoryCap, LiteralCap
 
 PAGE_BYTES = 1 << 16
@@ -100,13 +100,10 @@ class Pages:
 class MemoryFile:
     """Stored contents: what a PendingFile is to the real workspace."""
 
-    contents: Pages
+    contents: Pages | None
+    size: int
     state: str = "pending"
     cap: Cap | None = None
-
-    @property
-    def size(self) -> int:
-        return self.contents.size
 
 
 @define(eq=False)
@@ -180,6 +177,7 @@ class MemoryWorkspace:
 
     async def unlink(self, directory: MemoryDirectory, name: str, /) -> int:
         position = await self._called("unlink")
+        self._discard(directory.names[name].target)
         directory.drop(name)
         return position
 
@@ -193,6 +191,8 @@ class MemoryWorkspace:
         /,
     ) -> int:
         position = await self._called("rename")
+        if dst_name in dst.names:
+            self._discard(dst.names[dst_name].target)
         dst.put(dst_name, src.names[src_name].target, metadata)
         src.drop(src_name)
         return position
@@ -228,7 +228,9 @@ class MemoryWorkspace:
     ) -> tuple[int, Any]:
         position = await self._called("store")
         contents.close()
-        stored = MemoryFile(contents.pages)
+        if name in directory.names:
+            self._discard(directory.names[name].target)
+        stored = MemoryFile(contents.pages, contents.size)
         directory.put(name, stored, metadata)
         return position, stored
 
@@ -248,8 +250,16 @@ class MemoryWorkspace:
     def note_error(self, path: str, error: Exception, /) -> None:
         self.errors.append(path)
 
+    @staticmethod
+    def _discard(target: Any) -> None:
+        """What no name refers to and is on its way is never sent: its bytes are gone for who comes later."""
+        if isinstance(target, MemoryFile) and target.cap is None:
+            target.contents = None
+
     def _pages(self, target: Any) -> Pages:
         if isinstance(target, MemoryFile):
+            if target.contents is None:
+                raise NoSuchChildError("discarded")
             return target.contents
         if isinstance(target, LiteralCap):
             return pages_of(target.data)

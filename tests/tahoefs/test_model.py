@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import random
 import stat
@@ -26,6 +27,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @pytest.fixture(scope="module")
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemoryMount]:
     with memory_mount(tmp_path_factory.mktemp("model") / "mnt") as mounted:
+        yield mounted
+
+
+@pytest.fixture
+def real_mount(tmp_path: Path) -> Iterator[MemoryMount]:
+    """Over the real workspace and storage servers in memory."""
+    with memory_mount(tmp_path / "mnt", "--real") as mounted:
         yield mounted
 
 
@@ -160,15 +168,8 @@ def random_call(source: random.Random, opened: int) -> tuple[Any, ...]:
     return source.choice(makers)()
 
 
-@needs_fuse
-@pytest.mark.parametrize("seed", range(4))
-def test_mount_answers_as_the_local_disk_does(mount: MemoryMount, tmp_path: Path, seed: int) -> None:
+def play(seed: int, control: Player, subject: Player) -> None:
     source = random.Random(seed)
-    players = []
-    for base in (tmp_path, mount.path):
-        (base / f"play-{seed}").mkdir()
-        players.append(Player(base / f"play-{seed}"))
-    control, subject = players
     history = []
     try:
         for _ in range(CALLS):
@@ -177,6 +178,33 @@ def test_mount_answers_as_the_local_disk_does(mount: MemoryMount, tmp_path: Path
             assert subject.play(*call) == control.play(*call), history[-25:]
         assert subject.tree() == control.tree()
     finally:
-        for player in players:
-            player.close_all()
+        control.close_all()
+        subject.close_all()
     assert subject.tree() == control.tree()
+
+
+def players(*bases: Path) -> list[Player]:
+    for base in bases:
+        (base / "play").mkdir()
+    return [Player(base / "play") for base in bases]
+
+
+@needs_fuse
+@pytest.mark.parametrize("seed", range(4))
+def test_mount_answers_as_the_local_disk_does(mount: MemoryMount, tmp_path: Path, seed: int) -> None:
+    subject = mount.path / f"{seed}"
+    subject.mkdir()
+    play(seed, *players(tmp_path, subject))
+
+
+@needs_fuse
+def test_another_client_finds_on_the_grid_what_the_local_disk_has(real_mount: MemoryMount, tmp_path: Path) -> None:
+    control, subject = players(tmp_path, real_mount.path)
+    play(seed=100, control=control, subject=subject)
+    expected: dict[str, str | None] = {"play": None}
+    for path, (mode, *rest) in control.tree().items():
+        data = os.fsencode(rest[0]) if stat.S_ISLNK(mode) else rest[0] if rest else None
+        expected[f"play/{path}"] = None if data is None else hashlib.sha256(data).hexdigest()
+    real_mount.stop()
+    assert real_mount.counts["tree"] == expected
+    assert (real_mount.counts["faults"], real_mount.counts["handles"]) == (0, 0)

@@ -277,6 +277,24 @@ async def test_unlinked_while_open_lives_on_and_is_stored_nowhere() -> None:
     assert b"temporary" not in await names(vfs)
 
 
+@pytest.mark.parametrize("over", [False, True])
+async def test_what_was_not_sent_yet_can_be_read_and_written_by_who_has_it_open_when_its_name_goes(over: bool) -> None:
+    vfs = make_vfs()
+    handle, number = await create(vfs, b"file", b"data")
+    await close(vfs, handle)
+    handle, _ = await vfs.open(number, os.O_RDWR, ME)
+    if over:
+        other, _ = await create(vfs, b"other", b"other")
+        await close(vfs, other)
+        await vfs.rename(ROOT, b"other", ROOT, b"file")
+    else:
+        await vfs.unlink(ROOT, b"file")
+    assert await vfs.read(handle, 0, 10) == b"data"
+    await vfs.write(handle, 4, b" more")
+    assert await vfs.read(handle, 0, 10) == b"data more"
+    await close(vfs, handle)
+
+
 async def test_renamed_while_open_is_stored_under_its_new_name() -> None:
     vfs = make_vfs()
     handle, number = await create(vfs, b"old", b"data")
