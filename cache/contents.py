@@ -49,6 +49,7 @@ class WritableContents:
         self._layers = Layers(spool.create(), size, base, size)
         self._hash = RunningHash(encoding)
         self._open = True
+        self._here = True  # still readable: until it is sealed or closed for good
         self.dirty = base is None or size != base.size
 
     @property
@@ -56,6 +57,9 @@ class WritableContents:
         return self._layers.size
 
     async def read(self, offset: int, length: int) -> bytes:
+        """As Contents. Works while `seal` is at it, not after."""
+        if not self._here:
+            raise ValueError("these contents are sealed or closed")
         return await self._layers.read(offset, length)
 
     async def write(self, offset: int, data: bytes | memoryview) -> None:
@@ -120,13 +124,14 @@ class WritableContents:
         except BaseException:
             self._open = True
             raise
+        self._here = False
         layers.file.shut()
         return sealed
 
     def close(self) -> None:
         """Throw away what was written, unless it was sealed."""
         if self._open:
-            self._open = False
+            self._open = self._here = False
             self._layers.file.shut()
             self._layers.file.release()
             if self._layers.base is not None:

@@ -145,6 +145,8 @@ class SealedContents:
         return self._sealed.depth
 
     async def read(self, offset: int, length: int) -> bytes:
+        if not self._open:
+            raise ValueError("these contents are closed")
         if length > CHUNK_BYTES and self._sealed.complete:
             return await run_cpu_work(partial(self._sealed.read_sync, offset, length), length)
         return await self._sealed.read(offset, length)

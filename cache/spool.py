@@ -184,6 +184,7 @@ class SpoolFile:
         self._users -= 1
         if self._users == 0:
             os.close(self._fd)
+            self._fd = -1  # so that a late reader gets an error, never some other file that has the number now
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Put `data` there and account for it. Raises SpoolFullError when the disk or the map of ranges is full."""

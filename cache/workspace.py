@@ -59,7 +59,7 @@ Position: TypeAlias = int
 
 PENDING_CHANGES_MAX: Final = 200_000  # names not on the grid yet; writers wait, then JournalFullError
 JOURNAL_WAIT_S: Final = 20.0
-LISTED_ENTRIES_MAX: Final = 200_000  # over all directories that are kept listed though nobody holds them
+LISTED_ENTRIES_MAX: Final = 50_000  # some 60 MB, over all directories that are kept listed though nobody holds them
 SIZES_MAX: Final = 10_000  # mutable files whose size is remembered
 ERRORS_MAX: Final = 50  # shown in status
 UPLOADS_SHOWN_MAX: Final = 50

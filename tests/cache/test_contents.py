@@ -176,6 +176,8 @@ async def test_a_failed_seal_leaves_the_contents_open(state_dir: Path) -> None:
     sealed = await contents.seal()
     with pytest.raises(ValueError, match="sealed"):
         await contents.write(0, b"")
+    with pytest.raises(ValueError, match="sealed"):
+        await contents.read(0, 1)
     assert (await upload(sealed, spool))[1] == b"x" * 10 + b"y" + b"x" * 489 + b"z"
     sealed.release()
     spool.close()

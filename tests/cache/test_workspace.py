@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from attrs import evolve
 
 from cache import PendingFile, Workspace, open_workspace
@@ -492,3 +493,65 @@ async def test_offline_at_the_start_then_recovered(tmp_path: Path) -> None:
                 client.mend()
                 await workspace.load(workspace.root)
                 assert workspace.root.loaded
+
+
+async def test_a_cancelled_store_is_not_done_and_can_be_done_again(tmp_path: Path) -> None:
+    async with mounted(tmp_path, evolve(QUICK, mutable="sdmf")) as (client, workspace):
+        _, target = await put(workspace, workspace.root, "file", DATA * 100)
+        await workspace.wait()
+        contents = await workspace.new_contents(target.cap)
+        await contents.write(0, b"new")
+        client.pause()
+        with trio.move_on_after(0.05) as scope:
+            await workspace.replace(target.cap, contents)  # needs the rest of the old version
+        assert scope.cancelled_caught and workspace.status()["pending"]["files"] == 0
+        client.resume()
+        await contents.write(1, b"EW")
+        await workspace.replace(target.cap, contents)
+        await workspace.wait()
+        assert await client.fetch(target.cap) == b"nEW" + (DATA * 100)[3:]
+
+
+async def test_a_directory_that_stays_busy_is_published_all_the_same(tmp_path: Path) -> None:
+    """It never rests and an upload of its own never ends; what is ready goes out after a while, in few publishes."""
+    options = evolve(QUICK, publish_quiet_s=3600.0, publish_latest_s=0.05)
+    async with mounted(tmp_path, options) as (client, workspace):
+        for server in client.servers:
+            server.hang_on.add("write")
+        await put(workspace, workspace.root, "stuck", DATA)
+        await put(workspace, workspace.root, "short", b"x")
+        while "short" not in await listing(client, workspace):
+            pass
+        await put(workspace, workspace.root, "second", b"x")
+        while "second" not in await listing(client, workspace):
+            pass
+        assert workspace.status()["publishes"] == 2
+        assert workspace.root.hold_s == 0.2  # longer each time
+        assert [upload["stage"] for upload in workspace.status()["uploads"]] == ["pushing"]
+        await workspace.unlink(workspace.root, "stuck")
+        await workspace.wait()
+
+
+async def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    fds = Path("/proc/self/fd")
+    async with mounted(tmp_path, evolve(QUICK, keep_bytes=1 << 20)) as (client, workspace):
+        await put(workspace, workspace.root, "first", DATA)
+        await workspace.wait()
+        before = len(_entries(fds))
+        client.pause()
+        targets = [(await put(workspace, workspace.root, f"{n}", DATA + b"%d" % n))[1] for n in range(40)]
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(_entries(fds)) <= before + 8  # those being uploaded
+        readers = [await workspace.open_contents(target) for target in targets]
+        for number in range(20):
+            await workspace.unlink(workspace.root, f"{number}")
+        client.resume()
+        await workspace.wait()
+        assert [await reader.read(0, 9000) for reader in readers] == [DATA + b"%d" % n for n in range(40)]
+        for reader in readers:
+            reader.close()
+        assert len(_entries(fds)) <= before
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
