@@ -37,7 +37,7 @@ from tahoefs.failures import leaf_error
 from tahoefs.mount_config import MountConfig, log_file
 from tahoefs.options import MountOptions
 from tahoefs.registry import registered
-from tahoefs.vfs import VFS
+from tahoefs.vfs import VFS, grid_free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ async def _serve(
         timeout_s = request.get("timeout_s")
         await _with_progress(workspace, progress, float(timeout_s) if timeout_s is not None else None)
 
-    vfs = VFS(workspace, options=options)
+    k, _, n = client.node.encoding
+    vfs = VFS(workspace, options=options, free_bytes=lambda: grid_free_bytes(client.broker.get_known_servers(), k, n))
     with registered(Path(config.node_dir), where) as socket_path:
         async with trio.open_nursery() as services:
             await services.start(serve_control, socket_path, {"status": answer_status, "sync": answer_sync})

@@ -84,8 +84,6 @@ class TahoeOperations(pyfuse3.Operations):
         super().__init__()
         self.vfs = vfs
         self.deadlines = Deadlines(options)
-        self.faults = 0  # exceptions that were bugs
-        self.timeouts = 0
 
     def failure(self, name: str, error: Exception) -> FUSEError:
         """The answer to a call that raised."""
@@ -93,10 +91,10 @@ class TahoeOperations(pyfuse3.Operations):
             return error
         leaf = leaf_error(error)
         if not is_expected(leaf):
-            self.faults += 1
+            self.vfs.faults += 1
             log.error("fault in %s, answered with EIO", name, exc_info=error)
         elif isinstance(leaf, trio.TooSlowError):
-            self.timeouts += 1
+            self.vfs.timeouts += 1
             log.warning("%s missed its deadline", name)
         elif not hasattr(leaf, "errno"):
             log.warning("%s: %s", name, leaf)
@@ -302,7 +300,7 @@ async def serve(
     options: MountOptions,
     label: str = FILESYSTEM,
     *,
-    task_status: trio.TaskStatus[TahoeOperations] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Mount, and answer the kernel until somebody unmounts; cancelled, it unmounts itself.
 
@@ -322,7 +320,7 @@ async def serve(
             nursery.start_soon(answer)
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
-            task_status.started(operations)
+            task_status.started()
     finally:
         pyfuse3.close(unmount=True)
         with trio.move_on_after(CLOSING_TIMEOUT_S, shield=True):

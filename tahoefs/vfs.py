@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from tahoefs.errnos import FSError
 from tahoefs.inodes import Folder, Inode
 from tahoefs.open_files import DirectoryHandle
-from tahoefs.vfs_attributes import Changes, FreeSpace, Stat
+from tahoefs.vfs_attributes import Changes, FreeSpace, Stat, grid_free_bytes
 from tahoefs.vfs_names import NameOperations
 
-__all__ = ["VFS", "Changes", "FreeSpace", "Stat"]
+__all__ = ["VFS", "Changes", "FreeSpace", "Stat", "grid_free_bytes"]
 
 
 class VFS(NameOperations):

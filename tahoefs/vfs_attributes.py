@@ -10,11 +10,12 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from attrs import define, frozen
 
+from grid.interfaces import IStorageServer
 from tahoefs import metadata as edge
 from tahoefs import xattrs
 from tahoefs.errnos import FSError
@@ -67,6 +68,13 @@ class FreeSpace:
     blocks_free: int
     inodes: int
     name_bytes_max: int
+
+
+def grid_free_bytes(servers: Iterable[IStorageServer], k: int, n: int) -> int | None:
+    """Bytes of files that still fit, by what connected servers last said: theirs, divided by n/k; None: none said."""
+    told = [server.available_space for server in servers if server.connected]
+    known = [space for space in told if space is not None]
+    return sum(known) * k // n if known else None
 
 
 class AttributeOperations(VFSCore):

@@ -75,6 +75,8 @@ class VFSCore:
         self.mounting_uid = os.getuid()
         self.read_only = options.read_only or workspace.readonly
         self.free_bytes = free_bytes
+        self.faults = 0  # calls that ended in an exception that was a bug
+        self.timeouts = 0  # calls that missed their deadline
         self.handles: dict[int, Handle | DirectoryHandle] = {}
         self.handle_numbers = itertools.count(1)
         self._tell, self.invalidations = trio.open_memory_channel[Invalidation](INVALIDATIONS_MAX)

@@ -15,7 +15,8 @@ from grid.errors import ConnectionLostError, GridError
 from grid.formats.caps import CHKReadCap, LiteralCap, UnknownCap
 from tahoefs.errnos import FSError
 from tahoefs.options import MountOptions
-from tahoefs.vfs import VFS, Changes
+from tahoefs.vfs import VFS, Changes, grid_free_bytes
+from tests.memory_server import MemoryServer
 from tests.tahoefs.memory_mount import IMMUTABLE_DIRECTORY, MUTABLE_FILE, scenario
 from tests.tahoefs.memory_workspace import MemoryDirectory, MemoryFile, MemoryWorkspace, hang, pages_of
 
@@ -679,5 +680,8 @@ async def test_symlinks_fifos_and_sockets_are_small_files_with_a_type() -> None:
 async def test_free_space_is_what_servers_said_and_never_nothing_known() -> None:
     assert make_vfs().statfs().name_bytes_max == 255
     assert make_vfs().statfs().blocks_free > 0
+    servers = [MemoryServer(number) for number in range(3)]
+    assert grid_free_bytes(servers, 3, 10) == 3 * sum(server.available_space or 0 for server in servers) // 10
+    assert grid_free_bytes([], 3, 10) is None
     vfs = VFS(scenario(), options=OPTIONS, free_bytes=lambda: 1 << 30)
     assert vfs.statfs().blocks_free * vfs.statfs().block_bytes == 1 << 30
