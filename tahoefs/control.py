@@ -18,6 +18,7 @@ from typing import Any, Final
 import trio
 
 from tahoefs.errnos import exit_code_of
+from tahoefs.failures import leaf_error
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ async def _answer(stream: trio.SocketStream, commands: Mapping[str, Command]) ->
             result = await command(request, progress)
         except (trio.BrokenResourceError, trio.TooSlowError):
             raise
-        except Exception as error:  # noqa: BLE001 the asker must hear of it, whatever it is; the daemon lives on
+        except Exception as raised:  # noqa: BLE001 the asker must hear of it, whatever it is; the daemon lives on
+            error = leaf_error(raised)
             log.info("control command failed: %s", error)
             await send({"error": str(error) or type(error).__name__, "exit_code": exit_code_of(error)})
         else:
