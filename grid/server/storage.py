@@ -30,7 +30,7 @@ from grid.formats import container
 from grid.interfaces import LeaseSecrets, SlotSecrets, SlotWrite
 from grid.server import immutables, slots
 from grid.server.errors import BadRequestError, NoSpaceError, NoSuchShareError
-from grid.server.journal import FileChange
+from grid.server.journal import FileChange, Unlink
 from grid.server.shares import LEASE_PERIOD_S, SHARE_NUMBER_MAX, ShareStore, check_storage_index
 from grid.server.uploads import Upload, UploadFiles
 
@@ -61,7 +61,6 @@ class StorageService:
         self.upload_files = UploadFiles(store)
         self._uploads: OrderedDict[tuple[bytes, int], Upload] = OrderedDict()  # written to longest ago first
         self._promised = 0  # bytes, to uploads
-        self._first_upload = trio.Event()
         self._locks: dict[bytes, _Lock] = {}
         self._workers = trio.CapacityLimiter(WORKERS)
 
@@ -70,14 +69,14 @@ class StorageService:
         task_status.started()
         try:
             while True:
-                if not self._uploads:
-                    self._first_upload = trio.Event()
-                    await self._first_upload.wait()
-                oldest = next(iter(self._uploads.values()))
-                if trio.current_time() >= oldest.last_written_s + UPLOAD_TIMEOUT_S:
+                now_s = trio.current_time()
+                oldest = next(iter(self._uploads.values()), None)
+                if oldest is not None and now_s >= oldest.last_written_s + UPLOAD_TIMEOUT_S:
                     log.info("an upload was given up: nothing was written for %d s", UPLOAD_TIMEOUT_S)
                     oldest.abort_now()
-                await trio.sleep_until(oldest.last_written_s + UPLOAD_TIMEOUT_S)
+                    continue
+                # no upload begun from now on can be due before this
+                await trio.sleep_until((oldest.last_written_s if oldest else now_s) + UPLOAD_TIMEOUT_S)
         finally:
             for upload in list(self._uploads.values()):
                 upload.abort_now()
@@ -147,7 +146,6 @@ class StorageService:
         )
         upload = self._uploads[key] = Upload(*key, size, record, upload_secret, self)
         self._promised += size
-        self._first_upload.set()
         return upload
 
     @property
@@ -236,26 +234,34 @@ class StorageService:
         check_storage_index(storage_index)
         _check_secret(cancel_secret)
         freed: list[int] = []
+        found: list[int] = []
 
         def cancel(number: int) -> None:
             def matching(version: int, leases: Sequence[container.Lease]) -> list[int]:
-                return container.find_cancellable(leases, version, cancel_secret)
+                places = container.find_cancellable(leases, version, cancel_secret)
+                found.extend(places)
+                return places
 
-            amount, dropped = self.drop_leases(storage_index, number, matching)
-            if dropped:
-                freed.append(amount)
+            amount, _ = self.drop_leases(storage_index, number, matching)
+            freed.append(amount)
 
         await self._for_each_share(storage_index, cancel)
-        if not freed:
+        if not found:
             raise NoSuchShareError("no such lease")
         return sum(freed)
 
     def drop_leases(
-        self, storage_index: bytes, number: int, choose: Callable[[int, Sequence[container.Lease]], list[int]]
-    ) -> tuple[int, int]:
-        """(bytes freed, leases dropped) on one share: `choose(container version, leases)` names their places.
+        self,
+        storage_index: bytes,
+        number: int,
+        choose: Callable[[int, Sequence[container.Lease]], list[int]],
+        *,
+        dry_run: bool = False,
+    ) -> tuple[int, bool]:
+        """(bytes freed, the share went too) for one share; `choose(container version, leases)` names their places.
 
-        For who holds the storage index's lock; synchronous. Raises FileNotFoundError, UnusableShareError.
+        Of mutable shares some places are empty (owner 0) and stay so. For who holds the storage index's lock;
+        synchronous. Raises FileNotFoundError, StorageError. A dry run only says what would be.
         """
         with ExitStack() as stack:
             share: immutables.ImmutableShare | slots.SlotShare
@@ -269,9 +275,9 @@ class StorageService:
                 leases = share.leases()
                 places = [place for place in choose(share.header.version, leases) if leases[place].owner]
                 steps, freed = slots.drop_leases(share, places) if places else ([], 0)
-            if steps:
+            if steps and not dry_run:
                 self.store.journal.commit([FileChange(storage_index, number, steps)])
-            return freed, len(places)
+            return freed, any(isinstance(step, Unlink) for step in steps)
 
     def _add_or_renew_immutable(self, storage_index: bytes, number: int, lease: LeaseSecrets, owner: int) -> None:
         expires = int(self.store.clock()) + LEASE_PERIOD_S
