@@ -122,7 +122,8 @@ class Directory:
         self.failing: set[Change] = set()  # of `changes`: those whose target fails again and again
         self.grid_lock = trio.Lock()
         self._entries: dict[str, Entry] = {}  # made from base, lazily
-        self._view: Mapping[str, Entry] | None = None
+        self._view: dict[str, Entry] | None = None  # the last snapshot, …
+        self._stale: set[str] = set()  # … and the names that have changed since
 
     def __repr__(self) -> str:
         return f"<Directory {self.path!r}, {len(self.changes)} changes pending>"
@@ -151,14 +152,20 @@ class Directory:
         """All of it, as it is now: a snapshot that stays as it is."""
         if self._view is None:
             view = {name: entry for name in self.base if (entry := self._entry_of_base(name)) is not None}
-            for name, change in self.changes.items():
-                entry = self._entry_of_change(change)
-                if entry is None:
-                    view.pop(name, None)
-                else:
-                    view[name] = entry
-            self._view = MappingProxyType(view)
-        return self._view
+            self._stale = set(self.changes)
+        elif self._stale:
+            view = self._view.copy()  # those who have the old one keep it
+        else:
+            return MappingProxyType(self._view)
+        for name in self._stale:
+            entry = self.get(name)
+            if entry is None:
+                view.pop(name, None)
+            else:
+                view[name] = entry
+        self._stale = set()
+        self._view = view
+        return MappingProxyType(view)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries())
@@ -208,7 +215,7 @@ class Directory:
         change = self._successor(name, Kind.REMOVE, position, when)
         if all(ancestor is None for ancestor in change.ancestors):  # the grid never heard of it
             old = self.changes.pop(name, None)
-            self._touch()
+            self._touch(name)
             return None, old
         change.after |= after or set()
         return change, self._lay(change)
@@ -234,14 +241,14 @@ class Directory:
     def _lay(self, change: Change) -> Change | None:
         old = self.changes.pop(change.name, None)
         self.changes[change.name] = change
-        self._touch()
+        self._touch(change.name)
         return old
 
     def take_away(self, change: Change) -> None:
         """The change is settled, or wanted no more: it no longer lies over the base."""
         if self.changes.get(change.name) is change:
             del self.changes[change.name]
-            self._touch()
+            self._touch(change.name)
 
     # --- what comes from the grid
 
@@ -283,9 +290,13 @@ class Directory:
                 return candidate
             number += 1
 
-    def _touch(self) -> None:
+    def _touch(self, name: str | None = None) -> None:
+        """A name has changed, or (None) anything may have."""
         self.generation += 1
-        self._view = None
+        if name is None:
+            self._view = None
+        else:
+            self._stale.add(name)
 
 
 def cap_of(target: Target) -> Cap | None:
