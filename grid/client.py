@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import trio
 
-from grid.errors import GridUnreachableError
+from grid.errors import GridUnreachableError, WrongKindError
 from grid.formats.caps import Cap
 from grid.formats.segments import MAX_SEGMENT_BYTES
-from grid.interfaces import IStorageServer, IUploadable, LeaseSecrets, SlotSecrets
+from grid.interfaces import IDownloadTarget, IStorageServer, IUploadable, LeaseSecrets, SlotSecrets
 from grid.node_directory import NodeDirectory
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.nodemaker import MutableFormat, NodeMaker
@@ -32,7 +32,7 @@ SERVERS_TIMEOUT_S: Final = 30.0
 
 
 class GridClient:
-    """IClient. Made by `join_grid`, and of no use once that has ended."""
+    """IClient and IDownloader. Made by `join_grid`, and of no use once that has ended."""
 
     def __init__(self, node: NodeDirectory, broker: StorageBroker, keys: KeyPool) -> None:
         self.node = node
@@ -67,6 +67,13 @@ class GridClient:
     async def upload(self, uploadable: IUploadable) -> UploadResults:
         """Store an immutable file. Raises NotEnoughServersError."""
         return await self._uploader.upload(uploadable)
+
+    async def download(self, uri: str | Cap, target: IDownloadTarget) -> Any:
+        """IDownloader: a whole file to `target`. Raises WrongKindError for what is no file, NotEnoughSharesError."""
+        node = self.create_node_from_uri(uri)
+        if not hasattr(node, "download"):
+            raise WrongKindError("not a file that can be read")
+        return await node.download(target)
 
     def create_node_from_uri(self, uri: str | Cap) -> Any:
         """MutableFileNode, ImmutableFileNode, LiteralFileNode, DirectoryNode or UnknownNode. Never fails."""

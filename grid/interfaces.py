@@ -1,8 +1,11 @@
 """All interfaces on one page: what each room offers the next.
 
 The names and methods come from Tahoe's interface document of 2008; a Deferred has become an awaitable and
-`str` has become `bytes` where bytes were meant. Where a method has changed, its docstring says how. Remote
-interfaces (RI…) are not here: each is declared once, as a schema, in `grid/wire/remote_interfaces.py`.
+`str` has become `bytes` where bytes were meant. Where a method has changed, its docstring says how. What is declared
+before it exists says "Later:" and by what it will come; ARCHITECTURE.md has the table of where everything lives, and
+a test holds the two and the code together. Remote interfaces (RI…) are not here: each is declared once, as a
+schema, in `grid/wire/remote_interfaces.py`. Servers and who knows them are in `grid/interfaces_servers.py`, and
+offered here too.
 
 A storage index is 16 bytes; a share number is an int below 256; sizes and offsets are in bytes; secrets are
 32 bytes; all times are POSIX seconds.
@@ -10,164 +13,20 @@ A storage index is 16 bytes; a share number is an int below 256; sizes and offse
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
-from attrs import field, frozen
+from attrs import frozen
 
-# --- storage servers -------------------------------------------------------------------------------------
-
-
-@frozen
-class LeaseSecrets:
-    """The pair that identifies one lease on one server: 32 bytes each, never shown."""
-
-    renew: bytes = field(repr=False)
-    cancel: bytes = field(repr=False)
-
-
-@frozen
-class SlotSecrets:
-    """What one server wants before it writes to a mutable slot: 32 bytes each, never shown."""
-
-    write_enabler: bytes = field(repr=False)
-    lease: LeaseSecrets
-
-
-@frozen
-class TestVector:
-    """Before a slot write: the share's bytes at `offset`, cut to `length`, must equal `specimen`."""
-
-    __test__ = False  # not a test class, whatever pytest thinks of the name
-
-    offset: int
-    length: int
-    specimen: bytes
-
-
-@frozen
-class SlotWrite:
-    """What to do to one share of a slot: all `tests` of a call must hold, then `data` is written.
-
-    `new_length` 0 deletes the share; smaller than now truncates it; None leaves the length alone.
-    """
-
-    tests: Sequence[TestVector]
-    data: Sequence[tuple[int, bytes]]
-    new_length: int | None = None
-
-
-class IBucketWriter(Protocol):
-    """One share of an immutable file on its way to one server (RIBucketWriter)."""
-
-    async def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Send `data`. Returns when it is handed to the connection and the server's window of bytes in
-        flight has room again, not when the server has answered: a failure shows in a later write or in
-        close(). `data` must not change until close() returned. Raises PeerError.
-        """
-
-    async def close(self) -> None:
-        """Wait for every write, then make the share visible. Raises PeerError; the share is then absent."""
-
-    async def abort(self) -> None:
-        """Discard what was written. Harmless when repeated or when the connection is gone; never raises PeerError."""
-
-
-class IBucketReader(Protocol):
-    """One finished share of an immutable file on one server (RIBucketReader)."""
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset`, fewer at the end of the share. Raises PeerError."""
-
-    async def advise_corrupt_share(self, reason: str) -> None:
-        """Tell the server that this share is damaged. Best effort: never raises PeerError."""
-
-
-class IStorageServer(Protocol):
-    """One storage server, over whichever protocol it is reached (RIStorageServer, or GBS).
-
-    Every call has its own deadline (see `grid/peers`) and raises PeerError: ConnectionLostError when not
-    connected, PeerTimeoutError when late, RemoteFailure when the server refused.
-    """
-
-    @property
-    def server_id(self) -> str:
-        """`v0-` and 52 base32 characters, or free text for static servers. Public."""
-
-    @property
-    def name(self) -> str:
-        """Short form of the server id, for logs and status: eight characters. Public."""
-
-    @property
-    def nickname(self) -> str: ...
-
-    @property
-    def permutation_seed(self) -> bytes:
-        """As announced, decoded once; see spec of the permuted order."""
-
-    @property
-    def tub_id(self) -> bytes:
-        """20 bytes, from the announced FURL: the seed of this server's lease secrets and write enablers."""
-
-    @property
-    def connected(self) -> bool: ...
-
-    @property
-    def maximum_immutable_share_size(self) -> int:
-        """Bytes; the server takes no larger immutable share (it is as good as read-only for those)."""
-
-    @property
-    def available_space(self) -> int | None:
-        """Bytes free for us as last told, or None when unknown."""
-
-    async def get_version(self) -> Mapping[bytes, Any]: ...
-
-    async def allocate_buckets(
-        self, storage_index: bytes, lease: LeaseSecrets, share_numbers: frozenset[int], allocated_size: int
-    ) -> tuple[frozenset[int], dict[int, IBucketWriter]]:
-        """Return (share numbers of this file the server already holds, asked for or not; writers for those
-        it accepts). A number asked for and in neither was refused: no space, or another upload has it.
-        """
-
-    async def get_buckets(self, storage_index: bytes) -> dict[int, IBucketReader]:
-        """A reader for every share held; empty when there is none."""
-
-    async def add_lease(self, storage_index: bytes, lease: LeaseSecrets) -> None:
-        """Add or renew the lease on all shares held; silent when there is none."""
-
-    async def slot_readv(
-        self, storage_index: bytes, share_numbers: Sequence[int], read_vectors: Sequence[tuple[int, int]]
-    ) -> dict[int, list[bytes]]:
-        """{share number: [bytes per (offset, length)]}; no share numbers means all of them."""
-
-    async def slot_testv_and_readv_and_writev(
-        self,
-        storage_index: bytes,
-        secrets: SlotSecrets,
-        writes: Mapping[int, SlotWrite],
-        read_vectors: Sequence[tuple[int, int]],
-    ) -> tuple[bool, dict[int, list[bytes]]]:
-        """(all tests held and the writes were done, what all shares held *before*)."""
-
-    async def advise_corrupt_share(self, share_type: str, storage_index: bytes, share_number: int, reason: str) -> None:
-        """`share_type` is `immutable` or `mutable`. Best effort: never raises PeerError."""
-
-
-class IStorageBroker(Protocol):
-    """Who is known, who is connected, and in which order to ask them."""
-
-    def get_permuted_servers(self, storage_index: bytes) -> list[IStorageServer]:
-        """Connected servers in the permuted order of this storage index, preferred ones first."""
-
-    def get_known_servers(self) -> list[IStorageServer]:
-        """All servers ever announced or configured, connected or not."""
-
-    def permits_upload(self, server: IStorageServer) -> bool:
-        """False when grid managers are configured and none of them certifies the server, now."""
-
-    async def wait_for_servers(self, count: int, timeout_s: float) -> int:
-        """Return the number connected once it is at least `count`, or when the time is over."""
-
+from grid.interfaces_servers import IBucketReader as IBucketReader
+from grid.interfaces_servers import IBucketWriter as IBucketWriter
+from grid.interfaces_servers import IIntroducerClient as IIntroducerClient
+from grid.interfaces_servers import IStorageBroker as IStorageBroker
+from grid.interfaces_servers import IStorageServer as IStorageServer
+from grid.interfaces_servers import LeaseSecrets as LeaseSecrets
+from grid.interfaces_servers import SlotSecrets as SlotSecrets
+from grid.interfaces_servers import SlotWrite as SlotWrite
+from grid.interfaces_servers import TestVector as TestVector
 
 # --- an immutable share, written and read -----------------------------------------------------------------
 
@@ -187,7 +46,9 @@ class IStorageBucketWriter(Protocol):
 
 
 class IStorageBucketReader(Protocol):
-    """Reads the parts of one CHK share through an IBucketReader. Raises CorruptShareError, PeerError."""
+    """Reads one CHK share part by part. A download never does: RemoteShare opens a share and fetches from it what
+    proves one block, in as few reads as it can.
+    """
 
     async def get_block(self, blocknum: int) -> bytes: ...
     async def get_plaintext_hashes(self) -> list[bytes]: ...
@@ -263,7 +124,18 @@ class IEncryptedUploadable(Protocol):
     async def get_size(self) -> int: ...
     async def get_all_encoding_parameters(self) -> EncodingParameters: ...
     async def get_storage_index(self) -> bytes: ...
-    async def read_encrypted(self, length: int, hash_only: bool) -> Sequence[bytes | memoryview]: ...
+    async def read_encrypted(self, length: int, hash_only: bool) -> Sequence[bytes | memoryview]:
+        """The next `length` bytes in pieces; none if `hash_only`, which moves on over what the helper has already."""
+
+    async def get_plaintext_hashtree_leaves(self, first: int, last: int, num_segments: int) -> Sequence[bytes]:
+        """Hashes of plaintext segments `first` to `last` - 1, once all was read. Later: helper.
+
+        No file has these hashes in it any more, so nobody computes them for an upload of our own.
+        """
+
+    async def get_plaintext_hash(self) -> bytes:
+        """Of the whole plaintext, once all was read. Later: helper."""
+
     async def close(self) -> None: ...
 
 
@@ -284,7 +156,10 @@ class IUploadResults(Protocol):
 
 
 class IEncoder(Protocol):
-    """Ciphertext in, shares out to shareholders, hash trees and UEB built on the way."""
+    """Ciphertext in, shares out to shareholders, hash trees and UEB built on the way.
+
+    Size and parameters are the uploadable's to say, so `set_size` and `set_params` are no more.
+    """
 
     async def set_encrypted_uploadable(self, u: IEncryptedUploadable) -> Self: ...
     def get_param(self, name: str) -> Any:
@@ -297,6 +172,11 @@ class IEncoder(Protocol):
 
 class IUploader(Protocol):
     async def upload(self, uploadable: IUploadable) -> IUploadResults: ...
+    async def upload_ssk(self, write_capability: str, new_version: int, uploadable: IUploadable) -> None:
+        """Publish a mutable file's version `new_version`, segment by segment. Later: writing MDMF.
+
+        Until then contents that fit in memory are published by the file's node, see IMutableFileNode.replace.
+        """
 
 
 # --- download -----------------------------------------------------------------------------------------------
@@ -315,7 +195,18 @@ class IDownloadTarget(Protocol):
 
 
 class IDownloader(Protocol):
-    async def download(self, uri: str, target: IDownloadTarget) -> Any: ...
+    async def download(self, uri: str, target: IDownloadTarget) -> Any:
+        """All of a file to `target`. Returns what target.finish() does."""
+
+
+class IDecoder(Protocol):
+    """Shares in, the whole plaintext out, front to back. Nobody here is one: a file is read by segment, in any order
+    and by many at a time, so the work is divided among a node, its snapshot and one ImmutableDownload.
+    """
+
+    def setup(self, outfile: IDownloadTarget) -> None: ...
+    def set_shareholders(self, shareholders: Mapping[int, IBucketReader]) -> None: ...
+    async def start(self) -> Self: ...
 
 
 # --- caps ---------------------------------------------------------------------------------------------------
@@ -323,7 +214,10 @@ class IDownloader(Protocol):
 
 @runtime_checkable
 class IURI(Protocol):
-    """A parsed cap: a frozen value. `init_from_string` has become the class method `parse`; to_string is str()."""
+    """A parsed cap: a frozen value, so what was asked with a get_… method is a property; to_string is str().
+
+    `init_from_string` is the function parse_cap(), since the text tells which kind it is.
+    """
 
     @property
     def is_readonly(self) -> bool: ...
@@ -340,6 +234,40 @@ class IURI(Protocol):
     def to_string(self) -> str: ...
 
 
+class IVerifierURI(Protocol):
+    """The right to check and repair, and to read nothing."""
+
+    @property
+    def storage_index(self) -> bytes | None: ...
+    def to_string(self) -> str: ...
+
+
+class IFileURI(IURI, Protocol):
+    @property
+    def size(self) -> int | None:
+        """Plaintext bytes; None for a mutable file: the grid knows."""
+
+
+class IMutableFileURI(IFileURI, Protocol):
+    @property
+    def fingerprint(self) -> bytes:
+        """Hash of the public key that signs every version."""
+
+
+class IDirnodeURI(IURI, Protocol):
+    @property
+    def file(self) -> Any:
+        """The cap of the file that the directory's table is kept in: an IFileURI."""
+
+
+class INewDirectoryURI(IDirnodeURI, Protocol):
+    """A directory kept in a file on the grid, which all are by now."""
+
+
+class IReadonlyNewDirectoryURI(INewDirectoryURI, Protocol):
+    """The same with `is_readonly`."""
+
+
 # --- nodes --------------------------------------------------------------------------------------------------
 
 
@@ -348,10 +276,22 @@ class IFilesystemNode(Protocol):
         """The strongest cap held, as text. A secret."""
 
     def get_readonly_uri(self) -> str: ...
-    def get_verifier(self) -> Any: ...
+    def get_verifier(self) -> Any:
+        """An IVerifierURI, or None where there is nothing to check."""
+
     def get_storage_index(self) -> bytes | None: ...
-    def is_readonly(self) -> bool: ...
-    def is_mutable(self) -> bool: ...
+    async def check(self) -> Any:
+        """As IChecker.check. Later: check and repair."""
+
+    def is_readonly(self) -> bool:
+        """Whether this reference cannot change it; others may hold one that can."""
+
+    def is_mutable(self) -> bool:
+        """Whether anybody can change it."""
+
+
+class IMutableFilesystemNode(IFilesystemNode, Protocol):
+    """What may change: a mutable file, or a directory."""
 
 
 class IReadableSnapshot(Protocol):
@@ -391,14 +331,14 @@ class IFileNode(IFilesystemNode, Protocol):
         """What is there now. For a mutable file: the best recoverable version on the grid."""
 
 
-class IMutableFileNode(IFileNode, Protocol):
+class IMutableFileNode(IFileNode, IMutableFilesystemNode, Protocol):
     async def replace(self, newdata: bytes) -> None:
         """Publish `newdata` as the next version. Raises UncoordinatedWriteError, NotWriteableError."""
 
     def get_writekey(self) -> bytes | None: ...
 
 
-class IDirectoryNode(IFilesystemNode, Protocol):
+class IDirectoryNode(IMutableFilesystemNode, Protocol):
     async def list(self) -> dict[str, tuple[Any, dict[str, Any]]]:
         """{name: (child node, metadata)}."""
 
@@ -419,18 +359,38 @@ class IDirectoryNode(IFilesystemNode, Protocol):
     async def move_child_to(
         self, current_child_name: str, new_parent: Any, new_child_name: str | None = None
     ) -> None: ...
+    async def build_manifest(self) -> frozenset[str]:
+        """Verify caps of all that can be reached from here. Later: check and repair."""
+
+
+# --- health, and what a node tells of itself ----------------------------------------------------------------
+
+
+class IChecker(Protocol):
+    """How many good shares a file has. Needs no right to read it. Later: check and repair."""
+
+    async def check(self, uri_to_check: IVerifierURI) -> Any:
+        """Ask every server what it holds. Later: check and repair."""
+
+    async def verify(self, uri_to_check: IVerifierURI) -> Any:
+        """Fetch all of every share and check every hash. Later: check and repair."""
+
+    def checker_results_for(self, uri_to_check: IVerifierURI) -> Sequence[tuple[float, Any]]:
+        """(when, results) of the checks that were kept; asks nobody. Later: check and repair."""
+
+
+class IStatsProducer(Protocol):
+    """A part that counts what it does. Later: statistics."""
+
+    def get_stats(self) -> Mapping[str, float]:
+        """Counters and gauges by name; no cap, path or file name in any of them. Later: statistics."""
 
 
 # --- the grid as a whole ------------------------------------------------------------------------------------
 
 
-class IIntroducerClient(Protocol):
-    def subscribe_to(self, service_name: str) -> None: ...
-    def connected_to_introducer(self) -> bool: ...
-
-
 class IClient(Protocol):
-    def upload(self, uploadable: IUploadable) -> Awaitable[IUploadResults]: ...
-    def create_mutable_file(self, contents: bytes = b"") -> Awaitable[str]: ...
-    def create_empty_dirnode(self) -> Awaitable[IDirectoryNode]: ...
+    async def upload(self, uploadable: IUploadable) -> IUploadResults: ...
+    async def create_mutable_file(self, contents: bytes = b"") -> str: ...
+    async def create_empty_dirnode(self) -> IDirectoryNode: ...
     def create_node_from_uri(self, uri: str) -> IFilesystemNode: ...

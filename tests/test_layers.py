@@ -16,7 +16,7 @@ PACKAGES = ("grid", "cache", "tahoefs")  # each may import itself and those befo
 
 # Inside grid, a module may import its own room and those before it. What has no room here is a room by itself.
 GRID_ORDER = (
-    ("grid.errors", "grid.interfaces"),
+    ("grid.errors", "grid.interfaces", "grid.interfaces_servers"),
     ("grid.crypto",),
     ("grid.erasure",),
     ("grid.formats",),
@@ -29,7 +29,7 @@ GRID_ORDER = (
     ("grid.client", "grid.services"),
 )
 # Disk layouts of a node: they stand beside the rooms, on the formats, and peers may be given what they read.
-NODE_FILES = ("grid.node_directory", "grid.aliases", "grid.atomic_file")
+NODE_FILES = ("grid.node_directory", "grid.node_files", "grid.server_directory", "grid.aliases", "grid.atomic_file")
 
 SOLE_IMPORTERS = {
     "cryptography": {"grid.crypto"},
@@ -39,7 +39,7 @@ SOLE_IMPORTERS = {
     "pyfuse3": {"tahoefs.fuse"},
 }
 # Bytes-only rooms: no I/O, no clock, no random source, no event loop.
-PURE_ROOMS = ("grid.errors", "grid.interfaces", "grid.crypto", "grid.erasure", "grid.formats", "grid.wire")
+PURE_ROOMS = (*GRID_ORDER[0], "grid.crypto", "grid.erasure", "grid.formats", "grid.wire")
 IMPURE_MODULES = {"trio", "socket", "os", "io", "pathlib", "shutil", "subprocess", "threading", "time", "random"}
 IMPURE_MODULES |= {"secrets", "select", "asyncio", "tempfile"}
 
@@ -112,7 +112,7 @@ def test_rooms_of_grid_import_those_before_them(module: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module in NODE_FILES])
 def test_node_files_stand_on_the_formats(module: str) -> None:
-    allowed = ("grid.errors", "grid.interfaces", "grid.crypto", "grid.formats", *NODE_FILES)
+    allowed = (*GRID_ORDER[0], "grid.crypto", "grid.formats", *NODE_FILES)
     for name in _imports(module):
         assert not _within(name, "grid") or any(_within(name, room) for room in allowed), f"{module} imports {name}"
 

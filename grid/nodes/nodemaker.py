@@ -30,13 +30,13 @@ from grid.formats.caps import (
     parse_known_cap,
 )
 from grid.formats.directory import DirEntry, pack_directory
-from grid.interfaces import IStorageBroker, IUploader
+from grid.interfaces import IStorageBroker
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.immutable import ImmutableFileNode, LiteralFileNode
 from grid.nodes.mutable import MutableAccess, MutableFileNode
 from grid.operations.keys import KeyPool
 from grid.operations.leases import Secrets
-from grid.operations.uploadables import DataUploadable
+from grid.operations.upload import DataUploadable, Uploader
 
 NODES_KEPT: Final = 256
 
@@ -78,7 +78,7 @@ class NodeMaker:
         self,
         broker: IStorageBroker,
         secrets: Secrets,
-        uploader: IUploader,
+        uploader: Uploader,
         keys: KeyPool,
         *,
         k: int,

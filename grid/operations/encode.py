@@ -16,11 +16,10 @@ from typing import Any, Self
 import trio
 
 from grid.errors import GridError, NotEnoughServersError, PeerTimeoutError
-from grid.interfaces import IEncryptedUploadable
 from grid.operations.happiness import happiness
 from grid.operations.push import IShareholder, SharePusher, abort_all, watch_for_stalls
 from grid.operations.segment_encoder import EncodedTail, SegmentEncoder
-from grid.operations.uploadables import ISyncEncryptedReadable
+from grid.operations.uploadables import ICiphertextSource, ISyncEncryptedReadable
 from grid.operations.worker import run_cpu_work
 
 Buffer = bytes | memoryview
@@ -34,7 +33,7 @@ class Encoder:
         self._pushers: list[SharePusher] = []
         self._sharemap: dict[int, set[str]] = {}
 
-    async def set_encrypted_uploadable(self, u: IEncryptedUploadable) -> Self:
+    async def set_encrypted_uploadable(self, u: ICiphertextSource) -> Self:
         self._uploadable = u
         self._params = await u.get_all_encoding_parameters()
         self._storage_index = await u.get_storage_index()

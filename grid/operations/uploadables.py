@@ -43,6 +43,15 @@ class ISyncReadable(Protocol):
     def read_sync(self, length: int) -> Sequence[Buffer]: ...
 
 
+class ICiphertextSource(Protocol):
+    """What an encoder needs of an IEncryptedUploadable."""
+
+    async def get_size(self) -> int: ...
+    async def get_all_encoding_parameters(self) -> EncodingParameters: ...
+    async def get_storage_index(self) -> bytes: ...
+    async def read_encrypted(self, length: int, hash_only: bool) -> Sequence[Buffer]: ...
+
+
 @runtime_checkable
 class ISyncEncryptedReadable(Protocol):
     """The same for ciphertext; `reads_in_thread` says whether it can be done with this source."""
@@ -181,7 +190,7 @@ class FileUploadable(_Uploadable):
 
 
 class EncryptAnUploadable:
-    """IEncryptedUploadable: an uploadable's ciphertext, one AES-CTR stream over the whole file."""
+    """IEncryptedUploadable but for plaintext hashes: an uploadable's ciphertext, one AES-CTR stream over the file."""
 
     def __init__(self, uploadable: IUploadable) -> None:
         self._uploadable = uploadable

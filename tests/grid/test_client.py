@@ -11,6 +11,7 @@ import pytest
 import trio
 
 import grid
+from tests.grid.nodes.test_immutable import Target
 from tests.grid.peers.loopback import IntroducerService, Listener, Storage
 
 DEAD_FURL = f"pb://{'a' * 32}@tcp:127.0.0.1:1/swissnum"
@@ -52,6 +53,10 @@ async def test_files_and_directories_go_there_and_back(tmp_path: Path) -> None:
         children = await again.list()
         assert set(children) == {"file", "other"}
         assert await children["file"][0].download_to_data() == data
+        target = Target()
+        assert (await client.download(results.uri, target), target.data) == ("finished", data)
+        with pytest.raises(grid.WrongKindError):
+            await client.download(directory.get_uri(), target)
         uri = await client.create_mutable_file(b"first")
         await client.create_node_from_uri(uri).replace(b"second")
         assert await client.create_node_from_uri(uri).download_to_data() == b"second"
