@@ -98,7 +98,7 @@ class GBSStorage:
         if not gbs.is_authorized(request.headers, self._swissnum):
             return Response(401, body=(b"Wrong Authorization header.\n",))
         try:
-            with _refusals():
+            with _refusals(_DATA if route.name == "read" else ()):
                 secrets = gbs.read_secrets(request.headers, _SECRETS.get(route.name, frozenset()))
                 return await self._endpoints[route.name](request, route, secrets)
         except _Refusal as refusal:
@@ -280,24 +280,24 @@ class _Pieces(AsyncIterator[Buffer]):
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(headers: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
     """What clients and storage do wrong, as statuses. What the disk says stays here: the text might hold a path."""
     try:
         yield
     except (FormatError, BadRequestError) as error:
-        raise _Refusal(400, body=f"{error}\n".encode()) from None
+        raise _Refusal(400, (), f"{error}\n".encode()) from None
     except BodyTooLargeError:
-        raise _Refusal(413) from None
+        raise _Refusal(413, headers) from None
     except (NoSuchShareError, UploadFinishedError):
-        raise _Refusal(404) from None
+        raise _Refusal(404, headers) from None
     except ConflictingWriteError:
-        raise _Refusal(409) from None
+        raise _Refusal(409, headers) from None
     except BadWriteEnablerError:
-        raise _Refusal(401) from None
+        raise _Refusal(401, headers) from None
     except (StorageError, OSError) as error:  # no space, broken or other shares than expected, the disk itself
         if not isinstance(error, DataTooLargeError):
             log.warning("storage failed: %s", error)
-        raise _Refusal(500) from None
+        raise _Refusal(500, headers) from None
 
 
 async def _message(request: Request, bytes_max: int) -> bytes:

@@ -11,8 +11,8 @@ DRAIN_BYTES_MAX, so that the client gets to the answer, or the connection is clo
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from typing import Final, TypeAlias
 
@@ -95,13 +95,46 @@ class Request:
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
-async def serve_http(stream: TLSStream, handler: Handler, *, welcomed: Callable[[], None] = lambda: None) -> None:
-    """Serve one connection until it ends. `welcomed` is called after the first request that was no client error.
+class Drain:
+    """A way to end many connections politely: the idle ones at once, the others after the answer they wait for."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._scopes: set[trio.CancelScope] = set()
+
+    def begin(self) -> None:
+        self._begun = True
+        for scope in self._scopes:
+            scope.cancel()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """What is in this block is cancelled when draining begins."""
+        with trio.CancelScope() as scope:
+            if self._begun:
+                scope.cancel()
+            self._scopes.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+
+
+async def serve_http(
+    stream: TLSStream, handler: Handler, *, welcomed: Callable[[], object] = lambda: None, drain: Drain | None = None
+) -> None:
+    """Serve one connection until it ends. `welcomed` is called after every request that was not refused.
 
     The stream is the caller's to close. Raises ClientGoneError when it did not end well.
     """
     connection = _ServerConnection(stream)
-    while (request := await connection.next_request()) is not None:
+    drain = drain or Drain()
+    while True:
+        request = None
+        with drain.ending():
+            request = await connection.next_request()
+        if request is None:
+            return
         try:
             response = await handler(request)
         except (ClientGoneError, trio.Cancelled):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -64,6 +65,7 @@ class Tub:
         self._minted: weakref.WeakValueDictionary[str, Referenceable] = weakref.WeakValueDictionary()
         self._accepting = trio.CapacityLimiter(NEGOTIATIONS_MAX)
         self._nursery: trio.Nursery | None = None
+        self._draining = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the connections until cancelled."""
@@ -76,6 +78,13 @@ class Tub:
             self._nursery = None
             for connection in list(self._connections.values()):
                 connection.close("tub stopped")
+
+    async def drain(self) -> None:
+        """Accept nobody new, answer the calls that came, end all connections. The caller sets the deadline."""
+        self._draining = True
+        async with trio.open_nursery() as nursery:
+            for connection in list(self._connections.values()):
+                nursery.start_soon(connection.drain)
 
     # --- objects of ours
 
@@ -182,11 +191,17 @@ class Tub:
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, connection)
 
-    async def accept(self, stream: trio.abc.Stream, received: bytes = b"") -> None:
+    async def accept(
+        self, stream: trio.abc.Stream, received: bytes = b"", *, welcomed: Callable[[], object] = lambda: None
+    ) -> None:
         """Serve one inbound TCP connection for its whole life. Raises nothing but Cancelled.
 
-        `received` is what a listener that serves several protocols has read of it already.
+        `received` is what a listener that serves several protocols has read of it already; `welcomed` is called once
+        the peer has negotiated.
         """
+        if self._draining:
+            await trio.aclose_forcefully(stream)
+            return
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 async with self._accepting:
@@ -195,6 +210,7 @@ class Tub:
             await trio.aclose_forcefully(stream)
             log.info("inbound connection refused: %s", error or "too slow")
             return
+        welcomed()
         await self._serve(self._adopt(tls_stream, agreement))
 
     def _is_connected(self, tub_id: str) -> bool:

@@ -17,6 +17,7 @@ from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.gbs_storage import GBSStorageServer
 from grid.peers.reconnect import Reconnector
 from tests.grid.peers.loopback import until
+from tests.grid.server.gbs_peer import gbs_peer
 from tests.grid.storage_conformance import StorageConformance, si
 from tests.memory_server import MemoryServer
 from tests.real.tahoe_grid import Node, TahoeGrid, TahoeNotAvailable, wait_until
@@ -30,6 +31,20 @@ class TestMemory(StorageConformance):
     @pytest.fixture
     def server(self) -> IStorageServer:
         return MemoryServer(1)
+
+
+class TestOursByFoolscap(StorageConformance):
+    @pytest.fixture
+    async def server(self, tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[IStorageServer]:
+        async with gbs_peer(tmp_path, listen=True) as peer:
+            yield await connected(FoolscapStorageServer(peer.announcement(http=False), keepalive_s=240), nursery)
+
+
+class TestOursByHTTP(StorageConformance):
+    @pytest.fixture
+    async def server(self, tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[IStorageServer]:
+        async with gbs_peer(tmp_path, listen=True) as peer:
+            yield await connected(GBSStorageServer(peer.announcement()), nursery)
 
 
 @pytest.fixture(scope="module")
