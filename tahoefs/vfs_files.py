@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 
 from grid.errors import GridError
@@ -32,6 +33,10 @@ class FileOperations(AttributeOperations):
         view = self.view(inode)
         writing = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         self._require_open(inode, view, caller, writing=writing)
+        mode = self.mode(inode, view)
+        kept = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+        if flags & os.O_TRUNC and caller.uid != 0 and kept != mode:  # at every other change the kernel sees to it
+            await self.set_attributes(number, Changes(mode=stat.S_IMODE(kept)), caller)
         return await self.open_handle(inode, flags)
 
     def _require_open(self, inode: Inode, view: View, caller: Caller, *, writing: bool) -> None:

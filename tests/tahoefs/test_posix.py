@@ -1,4 +1,4 @@
-# ruff: noqa: PTH104, PTH106, PTH115, PTH211
+# ruff: noqa: PTH104, PTH106, PTH115, PTH211, PTH101, PTH102, PTH108
 """Error cases of POSIX calls, each on a real mount and on a directory of the local disk as the control."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME_256 = "n" * 256
 
 @pytest.fixture(scope="module")
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemoryMount]:
-    with memory_mount(tmp_path_factory.mktemp("posix") / "mnt") as mounted:
+    with memory_mount(tmp_path_factory.mktemp("posix") / "mnt", "-o", "allow_other") as mounted:
         yield mounted
 
 
@@ -200,22 +200,66 @@ def test_times_move_with_what_changes_them(place: Path) -> None:
     assert path.stat().st_mtime_ns > 0
 
 
-@needs_fuse
-def test_set_id_bits_go_when_others_write(place: Path) -> None:
-    path = place / "file"
-    path.chmod(0o6777)
+def as_somebody_else(place: Path, call: Callable[[], object]) -> int:
+    """Run `call` in `place` as another user, in a process of its own; returns its errno, 0 if it succeeded."""
     pid = os.fork()
     if pid == 0:
         try:
+            os.chdir(place)  # the way here may be closed to others
+            os.setgroups([])
             os.setgid(54321)
             os.setuid(54321)
-            with path.open("ab") as file:
-                file.write(b"x")
+            call()
             os._exit(0)
-        except OSError:
-            os._exit(1)  # a mount that only root may look at
-    if os.waitpid(pid, 0)[1] == 0:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o777
+        except OSError as error:
+            os._exit(error.errno or 255)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+
+
+@needs_fuse
+@needs_root
+def test_set_id_bits_go_when_others_write(place: Path) -> None:
+    place.chmod(0o755)
+    (place / "file").chmod(0o6777)
+    assert as_somebody_else(place, lambda: os.close(os.open("file", os.O_WRONLY | os.O_TRUNC))) == 0
+    assert stat.S_IMODE((place / "file").stat().st_mode) == 0o777
+    (place / "file").chmod(0o6777)
+
+    def write() -> None:
+        descriptor = os.open("file", os.O_WRONLY)
+        os.write(descriptor, b"x")
+        os.close(descriptor)
+
+    assert as_somebody_else(place, write) == 0
+    assert stat.S_IMODE((place / "file").stat().st_mode) == 0o777
+
+
+@needs_fuse
+@needs_root
+def test_others_may_do_what_mode_bits_say(place: Path) -> None:
+    (place / "file").chmod(0o640)
+    place.chmod(0o755)
+    refused: list[tuple[int, Callable[[], object]]] = [
+        (errno.EACCES, lambda: os.open("file", os.O_RDONLY)),
+        (errno.EACCES, lambda: os.open("new", os.O_WRONLY | os.O_CREAT)),
+        (errno.EACCES, lambda: os.mkdir("new")),
+        (errno.EACCES, lambda: os.unlink("file")),
+        (errno.EACCES, lambda: os.rename("file", "x")),
+        (errno.EPERM, lambda: os.chmod("file", 0o777)),
+        (errno.EPERM, lambda: os.chown("file", 54321, 54321)),
+        (errno.EPERM, lambda: os.utime("file", (1, 1))),
+        (errno.EACCES, lambda: os.utime("file")),
+    ]
+    for number, call in refused:
+        assert errno.errorcode.get(as_somebody_else(place, call)) == errno.errorcode[number]
+    place.chmod(0o1777)  # sticky: make what you like, remove only your own
+    assert as_somebody_else(place, lambda: os.mkdir("own")) == 0
+    assert (place / "own").stat().st_uid == 54321
+    assert as_somebody_else(place, lambda: os.rmdir("own")) == 0
+    assert as_somebody_else(place, lambda: os.unlink("file")) == errno.EPERM
 
 
 @needs_fuse
