@@ -19,37 +19,33 @@ rather than used over TCP.
 
 from __future__ import annotations
 
-import configparser
-import contextlib
-import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self
 
-import yaml
 from attrs import field, frozen
 
-from grid.atomic_file import create_file
-from grid.crypto import SigningKey
 from grid.errors import FormatError, NodeDirectoryError
 from grid.formats import base32
 from grid.formats.furl import Furl
+from grid.node_files import (
+    PUBLIC_KEY_PREFIX,
+    Config,
+    checked_nickname,
+    ensure_node_key,
+    make_node_directory,
+    read_introducers,
+    read_yaml,
+    refuse_anonymity,
+    secret_file,
+)
 
 CONVERGENCE_BYTES: Final = 32
 LEASE_SECRET_BYTES: Final = 32
 KEEPALIVE_DEFAULT_S: Final = 240.0
 SHARES_MAX: Final = 256  # of an erasure code; a mutable file takes one less
-_FILE_BYTES_MAX: Final = 16 << 20
-_INTRODUCERS_MAX: Final = 64
-_PETNAME_DEFAULT: Final = "default"
-_PUBLIC_KEY_PREFIX: Final = "pub-v0-"
-_PRIVATE_KEY_PREFIX: Final = "priv-v0-"
 
-_TAC_TEXT: Final = """\
-# This file marks the directory as that of a Tahoe-LAFS client node. Nothing reads its contents.
-"""
 _CONFIG_TEXT: Final = """\
 # -*- mode: conf; coding: utf-8 -*-
 # Configuration of a Tahoe-LAFS client node. Keys that Tahoe-LAFS does not know keep it from starting.
@@ -113,22 +109,22 @@ class NodeDirectory:
                 f"there is no node directory at {path}; "
                 f"make one with 'tahoefs create-client {path} --introducer FURL', or name another with --node-dir"
             )
-        config = _Config.read(path / "tahoe.cfg")
-        _refuse_anonymity(config)
+        config = Config.read(path / "tahoe.cfg")
+        refuse_anonymity(config)
         private = path / "private"
         try:
             private.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise NodeDirectoryError(f"cannot make {private}: {error.strerror}") from error
-        _ensure_node_key(path)
+        ensure_node_key(path)
         return cls(
             path=path,
             nickname=config.text("node", "nickname", "<unspecified>"),
             encoding=_encoding(config),
             mutable_format=_mutable_format(config),
-            convergence=_secret_file(private / "convergence", CONVERGENCE_BYTES),
-            lease_secret=_secret_file(private / "secret", LEASE_SECRET_BYTES, exact=True),
-            introducers=_introducers(config, private / "introducers.yaml"),
+            convergence=secret_file(private / "convergence", CONVERGENCE_BYTES),
+            lease_secret=secret_file(private / "secret", LEASE_SECRET_BYTES, exact=True),
+            introducers=read_introducers(config, private / "introducers.yaml"),
             static_servers=_static_servers(private / "servers.yaml"),
             preferred=tuple(i for i in re.split(r"[,\s]+", config.text("client", "peers.preferred", "")) if i),
             grid_manager_keys=_grid_manager_keys(config),
@@ -150,90 +146,16 @@ def create_client_directory(
     """
     path = Path(path).expanduser().absolute()
     encoding = _checked_encoding(*shares)
-    if not nickname.isprintable():
-        raise NodeDirectoryError("a nickname is one line of printable text")
-    entries = {}
-    for number, furl in enumerate(introducers, start=1):
-        petname = _PETNAME_DEFAULT if number == 1 else f"introducer{number}"
-        entries[petname] = {"furl": str(_furl(furl.strip(), "the introducer FURL given"))}
     config = _CONFIG_TEXT.format(
-        nickname=nickname.strip().replace("%", "%%"), needed=encoding.k, happy=encoding.happy, total=encoding.n
+        nickname=checked_nickname(nickname), needed=encoding.k, happy=encoding.happy, total=encoding.n
     )
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise NodeDirectoryError(f"{path} is not empty; a new node directory needs an empty or new one")
-        private = path / "private"
-        private.mkdir(mode=0o700)
-        if entries:
-            listed = yaml.safe_dump({"introducers": entries}, default_flow_style=False)
-            create_file(private / "introducers.yaml", listed.encode())
-        create_file(path / "tahoe-client.tac", _TAC_TEXT.encode(), mode=0o644)
-        create_file(path / "tahoe.cfg", config.encode(), mode=0o644)  # last: it is what makes this a node directory
-    except OSError as error:
-        raise NodeDirectoryError(f"cannot make the node directory {path}: {error.strerror}") from error
+    make_node_directory(path, "client", config, introducers)
 
 
 # --- tahoe.cfg ------------------------------------------------------------------------------------------------------
 
 
-@frozen
-class _Config:
-    path: Path
-    parser: configparser.ConfigParser
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        text = _read_text(path)
-        if text is None:
-            raise NodeDirectoryError(f"there is no {path}, so this is no node directory; see 'tahoefs create-client'")
-        # strict=False: of a key given twice the last counts. Interpolation stays on: "%%" stands for "%"
-        parser = configparser.ConfigParser(strict=False)
-        try:
-            parser.read_string(text)
-        except configparser.Error as error:
-            raise NodeDirectoryError(
-                f"{path} is no valid configuration: {type(error).__name__}"
-            ) from None  # it quotes the file
-        return cls(path, parser)
-
-    def text(self, section: str, key: str, default: str) -> str:
-        try:
-            return self.parser.get(section, key)
-        except (configparser.NoSectionError, configparser.NoOptionError):
-            return default
-        except configparser.InterpolationError:
-            raise self.wrong(section, key, "has a lone '%' (write '%%')") from None
-
-    def boolean(self, section: str, key: str, default: bool) -> bool:
-        text = self.text(section, key, str(default)).lower()
-        if text not in configparser.ConfigParser.BOOLEAN_STATES:
-            raise self.wrong(section, key, "is neither true nor false")
-        return configparser.ConfigParser.BOOLEAN_STATES[text]
-
-    def seconds(self, section: str, key: str, default: float) -> float:
-        text = self.text(section, key, "").strip()
-        if not text:
-            return default
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-            raise self.wrong(section, key, "is not a number of seconds")
-        return float(text)
-
-    def integer(self, section: str, key: str, default: int) -> int:
-        text = self.text(section, key, str(default)).strip()
-        if not re.fullmatch(r"[0-9]{1,9}", text):
-            raise self.wrong(section, key, "is not a whole number")
-        return int(text)
-
-    def items(self, section: str) -> dict[str, str]:
-        names = self.parser.options(section) if self.parser.has_section(section) else []
-        return {name: self.text(section, name, "") for name in names}
-
-    def wrong(self, section: str, key: str, what: str) -> NodeDirectoryError:
-        return NodeDirectoryError(f"{self.path}: [{section}] {key} {what}")
-
-
-def _encoding(config: _Config) -> Encoding:
+def _encoding(config: Config) -> Encoding:
     k = config.integer("client", "shares.needed", 3)
     happy = config.integer("client", "shares.happy", 7)
     n = config.integer("client", "shares.total", 10)
@@ -252,7 +174,7 @@ def _checked_encoding(k: int, happy: int, n: int) -> Encoding:
     return Encoding(k, happy, n)
 
 
-def _mutable_format(config: _Config) -> Literal["sdmf", "mdmf"]:
+def _mutable_format(config: Config) -> Literal["sdmf", "mdmf"]:
     match config.text("client", "mutable.format", "SDMF").strip().lower():
         case "sdmf" | "":
             return "sdmf"
@@ -262,49 +184,24 @@ def _mutable_format(config: _Config) -> Literal["sdmf", "mdmf"]:
             raise config.wrong("client", "mutable.format", "is neither SDMF nor MDMF")
 
 
-def _grid_manager_keys(config: _Config) -> tuple[bytes, ...]:
+def _grid_manager_keys(config: Config) -> tuple[bytes, ...]:
     keys = []
     for name, text in config.items("grid_managers").items():
         try:
-            key = base32.a2b(text.strip().removeprefix(_PUBLIC_KEY_PREFIX))
+            key = base32.a2b(text.strip().removeprefix(PUBLIC_KEY_PREFIX))
         except FormatError:
             key = b""
-        if len(key) != 32 or not text.strip().startswith(_PUBLIC_KEY_PREFIX):
-            raise config.wrong("grid_managers", name, f"is not a public key ({_PUBLIC_KEY_PREFIX}…)")
+        if len(key) != 32 or not text.strip().startswith(PUBLIC_KEY_PREFIX):
+            raise config.wrong("grid_managers", name, f"is not a public key ({PUBLIC_KEY_PREFIX}…)")
         keys.append(key)
     return tuple(keys)
-
-
-def _refuse_anonymity(config: _Config) -> None:
-    """Whoever hides behind Tor must not be shown by us: better no connection than one over plain TCP."""
-    if config.text("connections", "tcp", "tcp").strip().lower() not in ("tcp", ""):
-        raise config.wrong("connections", "tcp", "asks for Tor or no TCP at all, which tahoefs cannot do")
-    if not config.boolean("node", "reveal-IP-address", True):
-        raise config.wrong("node", "reveal-IP-address", "is false, and tahoefs can only connect over plain TCP")
 
 
 # --- the other files ------------------------------------------------------------------------------------------------
 
 
-def _introducers(config: _Config, path: Path) -> dict[str, Furl]:
-    listed = _read_yaml(path).get("introducers") or {}
-    if not isinstance(listed, dict) or len(listed) > _INTRODUCERS_MAX:
-        raise NodeDirectoryError(f"{path}: 'introducers' is not a mapping of at most {_INTRODUCERS_MAX} names")
-    introducers = {}
-    for petname, entry in listed.items():
-        furl = entry.get("furl") if isinstance(entry, dict) else None
-        if not isinstance(furl, str):
-            raise NodeDirectoryError(f"{path}: introducer {petname!r} has no furl")
-        introducers[str(petname)] = _furl(furl.strip(), f"{path}: the furl of introducer {petname!r}")
-    if old := config.text("client", "introducer.furl", "").strip():
-        if _PETNAME_DEFAULT in introducers:
-            raise config.wrong("client", "introducer.furl", f"and {path} both name the introducer 'default'")
-        introducers[_PETNAME_DEFAULT] = _furl(old, f"{config.path}: [client] introducer.furl")
-    return introducers
-
-
 def _static_servers(path: Path) -> dict[str, dict[str, Any]]:
-    listed = _read_yaml(path).get("storage") or {}
+    listed = read_yaml(path).get("storage") or {}
     if not isinstance(listed, dict):
         raise NodeDirectoryError(f"{path}: 'storage' is not a mapping")
     servers = {}
@@ -315,79 +212,3 @@ def _static_servers(path: Path) -> dict[str, dict[str, Any]]:
             if isinstance(handlers, dict) and handlers.get("tcp", "tcp") == "tcp":
                 servers[str(server_id)] = entry["ann"]
     return servers
-
-
-def _secret_file(path: Path, size: int, *, exact: bool = False) -> bytes:
-    text = _read_text(path)
-    if text is None:
-        fresh = f"{base32.b2a(secrets.token_bytes(size))}\n".encode()
-        try:
-            with contextlib.suppress(FileExistsError):  # another program made it just now: use that one
-                create_file(path, fresh)
-        except OSError as error:
-            raise NodeDirectoryError(f"cannot make {path}: {error.strerror}") from error
-        text = _read_text(path) or ""
-    try:
-        secret = base32.a2b(text.strip())
-    except FormatError as error:
-        raise NodeDirectoryError(f"{path} is damaged: its contents are not base32") from error
-    if exact and len(secret) != size:
-        raise NodeDirectoryError(f"{path} is damaged: it does not hold {size} bytes in base32")
-    return secret
-
-
-def _ensure_node_key(path: Path) -> None:
-    """`private/node.privkey` and `node.pubkey`: unused by a mere client, but every node has them."""
-    if os.path.lexists(path / "private" / "node.privkey"):
-        return
-    seed = secrets.token_bytes(32)
-    public = SigningKey.from_seed(seed).public_bytes
-    try:
-        with contextlib.suppress(FileExistsError):
-            create_file(path / "private" / "node.privkey", f"{_PRIVATE_KEY_PREFIX}{base32.b2a(seed)}\n".encode())
-            with contextlib.suppress(FileNotFoundError):
-                (path / "node.pubkey").unlink()
-            create_file(path / "node.pubkey", f"{_PUBLIC_KEY_PREFIX}{base32.b2a(public)}\n".encode(), mode=0o644)
-    except OSError as error:
-        raise NodeDirectoryError(f"cannot make the node key in {path}: {error.strerror}") from error
-
-
-def _furl(text: str, where: str) -> Furl:
-    try:
-        if "#" in text:  # someone wrote a comment behind it; `tahoe` refuses that too
-            raise FormatError("'#' in a FURL")
-        return Furl.parse(text)
-    except FormatError as error:
-        raise NodeDirectoryError(f"{where} is not a valid FURL (pb://…@host:port/…)") from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    try:
-        contents = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        # the error's own text would quote the file, which holds FURLs
-        mark = getattr(error, "problem_mark", None)
-        line = f" near line {mark.line + 1}" if mark else ""
-        raise NodeDirectoryError(f"{path} is not valid YAML{line}") from None
-    if contents is None:
-        return {}
-    if not isinstance(contents, dict):
-        raise NodeDirectoryError(f"{path}: a mapping is expected")
-    return contents
-
-
-def _read_text(path: Path) -> str | None:
-    """The file's text, a byte order mark left out; None when there is no file."""
-    try:
-        with path.open("rb") as file:
-            contents = file.read(_FILE_BYTES_MAX + 1)
-        if len(contents) > _FILE_BYTES_MAX:
-            raise NodeDirectoryError(f"{path} is larger than {_FILE_BYTES_MAX} bytes")
-        return contents.decode("utf-8-sig")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise NodeDirectoryError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise NodeDirectoryError(f"cannot read {path}: {error.strerror}") from error

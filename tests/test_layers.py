@@ -29,7 +29,14 @@ GRID_ORDER = (
     ("grid.client", "grid.services"),
 )
 # Disk layouts of a node: they stand beside the rooms, on the formats, and peers may be given what they read.
-NODE_FILES = ("grid.node_directory", "grid.node_files", "grid.server_directory", "grid.aliases", "grid.atomic_file")
+NODE_FILES = (
+    "grid.aliases",
+    "grid.atomic_file",
+    "grid.node_directory",
+    "grid.node_files",
+    "grid.server_directory",
+    "grid.storage_settings",
+)
 
 SOLE_IMPORTERS = {
     "cryptography": {"grid.crypto"},
