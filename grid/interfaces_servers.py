@@ -163,14 +163,12 @@ class IStorageBroker(Protocol):
 
 
 class IIntroducerClient(Protocol):
-    """The link to one introducer: announcements in, and our own out.
+    """The link to one introducer: what it announces.
 
     Connections, and the order to ask servers in, are the IStorageBroker's: it has what the older get_all_connections,
-    get_all_connectors, get_all_peerids, get_all_connections_for and get_permuted_peers gave.
+    get_all_connectors, get_all_peerids, get_all_connections_for and get_permuted_peers gave. What a node of ours
+    serves is published by grid/services.py.
     """
-
-    def publish(self, furl: str, service_name: str, remoteinterface_name: str) -> None:
-        """Tell the grid that the object at `furl` provides a service, and go on telling it. Later: services."""
 
     def subscribe_to(self, service_name: str) -> None:
         """Before it runs: hear of this service's announcements."""

@@ -1,3 +1,5 @@
+"""The one table: every error has its row, and gives the errno and exit code that are promised."""
+
 import errno
 
 import pytest

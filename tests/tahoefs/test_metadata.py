@@ -1,3 +1,5 @@
+"""Edge metadata: what stat shows of it, whatever it holds, and which kind of file a target is."""
+
 import json
 from typing import Any
 
