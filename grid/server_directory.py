@@ -101,6 +101,8 @@ class ServerDirectory:
         config = Config.read(path / "tahoe.cfg")
         refuse_anonymity(config)
         is_introducer = (path / "tahoe-introducer.tac").exists()
+        if not is_introducer and not config.boolean("storage", "enabled", True):
+            raise NodeDirectoryError(f"{path}: no service is enabled; see [storage] in its tahoe.cfg")
         private = path / "private"
         try:
             private.mkdir(mode=0o700, exist_ok=True)
@@ -111,7 +113,7 @@ class ServerDirectory:
             swissnum, storage, key = None, None, None
             if is_introducer:
                 swissnum = _swissnum(private / "introducer.furl", identity, location)
-            elif config.boolean("storage", "enabled", True):
+            else:
                 key = read_node_key(path)
                 furl_name = _swissnum(private / "storage.furl", identity, location)
                 storage = read_storage_settings(config, path, identity, key, furl_name)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import logging.handlers
 import os
 import signal
 import sys
@@ -26,14 +25,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import trio
+from attrs import evolve
 
 import grid
 from cache import Workspace, WorkspaceOptions, open_workspace
 from grid.errors import GridError, GridUnreachableError, NotEnoughSharesError, WrongKindError
-from tahoefs import fuse
+from tahoefs import fuse, local_grid
 from tahoefs.control import Progress, serve_control
 from tahoefs.errnos import exit_code_of
 from tahoefs.failures import leaf_error
+from tahoefs.logs import set_up_logging
 from tahoefs.mount_config import MountConfig, log_file
 from tahoefs.options import MountOptions
 from tahoefs.registry import registered
@@ -45,7 +46,6 @@ CONNECT_TIMEOUT_S: Final = 30.0  # for enough servers to answer at start
 ROOT_TIMEOUT_S: Final = 60.0  # for reading the root directory, and the way down to a sub-path
 READY_TIMEOUT_S: Final = 10.0  # for the kernel to answer a listing of the new mount
 PROGRESS_INTERVAL_S: Final = 0.5
-LOG_BYTES_MAX: Final = 4 << 20
 CONFIG_BYTES_MAX: Final = 1 << 20
 
 
@@ -58,11 +58,22 @@ async def run_mount(config: MountConfig, ready: Callable[[], None], note: Callab
 
     Raises whatever made the mount impossible (nothing is left mounted), UnsentError on a second signal.
     """
+    if config.local is None:
+        await _mount(config, ready, note)
+    else:
+        note("starting the local grid")
+        async with local_grid.attached(Path(config.local)):
+            await _mount(config, ready, note)
+
+
+async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[[str], None]) -> None:
     options = MountOptions.parse(config.options)
     node = grid.NodeDirectory.open(Path(config.node_dir))
     where = Path(config.mountpoint)
     async with grid.join_grid(node) as client:
         note("waiting for storage servers")
+        if config.local is not None:
+            config = evolve(config, cap=await local_grid.root_cap(Path(config.local), client))
         root = await _find_root(client, config)
         settings = WorkspaceOptions(
             nickname=node.nickname,
@@ -218,19 +229,6 @@ async def _find_root(client: grid.GridClient, config: MountConfig) -> grid.Cap:
 
 
 # --- the child process -------------------------------------------------------------------------------------
-
-
-def set_up_logging(file: Path | None, *, debug: bool) -> None:
-    """Log to a bounded file, or to standard error."""
-    handler: logging.Handler = logging.StreamHandler()
-    if file is not None:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handler = logging.handlers.RotatingFileHandler(file, maxBytes=LOG_BYTES_MAX, backupCount=1)
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[handler],
-    )
 
 
 def main() -> int:

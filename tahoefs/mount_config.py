@@ -20,6 +20,7 @@ class MountConfig:
     label: str
     mountpoint: str
     options: tuple[str, ...] = ()
+    local: str | None = None  # the directory of the embedded grid to run; its root is mounted, and `cap` is empty
     debug: bool = False
 
     def to_json(self) -> str:

@@ -4,6 +4,7 @@
     @FILE             the cap is the first line of FILE
     -                 the cap is read from standard input
     URI:…             a literal cap; other users can see it in the process list
+    local:DIR         the root of the embedded grid kept in DIR; made when it is first mounted
 
 The cap is a secret: it lives in `What.cap`, which is kept out of repr and errors. `What.label` is what may be
 shown: an alias name, a file name, never the cap.
@@ -33,13 +34,20 @@ class What:
     path: tuple[str, ...]
     label: str  # fit to be shown
     warnings: tuple[str, ...] = ()
+    local: Path | None = None  # of an embedded grid; its cap is empty as long as it was never mounted
 
 
-def resolve_what(text: str, node_dir: Path, *, stdin: TextIO | None = None) -> What:
-    """Resolve WHAT against a node directory's aliases. Raises WhatError, NodeDirectoryError."""
+def resolve_what(text: str, node_dir: Path, *, stdin: TextIO | None = None, may_be_new: bool = False) -> What:
+    """Resolve WHAT against a node directory's aliases. Raises WhatError, NodeDirectoryError.
+
+    `may_be_new`: an embedded grid that was never mounted will do; it has no cap yet.
+    """
     text = text.strip()
     if text.startswith("local:"):
-        raise WhatError("local: needs the embedded grid, which this version does not have yet; name an alias or a cap")
+        what = _from_local(text.removeprefix("local:"))
+        if not what.cap and not may_be_new:
+            raise WhatError(f"there is no grid in {what.local} yet: it is made when {what.label} is first mounted")
+        return what
     if text == "-":
         return _from_cap(_first_line(stdin or sys.stdin, "standard input"), "(standard input)")
     if text.startswith("@"):
@@ -69,6 +77,20 @@ def _from_alias(text: str, node_dir: Path) -> What:
     root = _from_cap(aliases[name], f"{name}:")
     parts = _split(path)
     return What(root.cap, root.path + parts, f"{name}:{'/'.join(parts)}")
+
+
+def _from_local(text: str) -> What:
+    if not text:
+        raise WhatError("local: needs a directory, as local:/home/me/grid")
+    directory = Path(text).expanduser().absolute()
+    try:
+        cap = (directory / "root.cap").read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        cap = ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a cap"
+        raise WhatError(f"cannot read {directory / 'root.cap'}: {reason}") from None
+    return What(cap, (), f"local:{directory}", local=directory)
 
 
 def _from_cap(text: str, label: str) -> What:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PONG_TIMEOUT_S: Final = 120.0  # a peer that was silent must answer our PING within this
 HANDLERS_MAX: Final = 256  # calls of one peer we work on at a time; then we stop reading
 UNHEARD_BYTES_MAX: Final = 2048  # sent by a master before its slave has shown that it reads banana
+CALLS_IN_TURN_MAX: Final = 32  # answered without giving way to other tasks
 REPLY_BYTES_MAX: Final = 16 << 20  # replies queued for a peer that does not read; then we stop reading
 
 
@@ -130,8 +131,12 @@ class Connection:
         self._to_write = trio.lowlevel.ParkingLot()
         self._written = trio.lowlevel.ParkingLot()
         self._handler_slots = trio.Semaphore(HANDLERS_MAX)
+        self._calls_in_turn = 0
         self._last_received_s = 0.0
         self._heard = trio.Event()  # the peer has sent banana
+        self._reading: trio.CancelScope | None = None
+        self._draining = False
+        self._sending = False
 
     @property
     def is_lost(self) -> bool:
@@ -146,6 +151,13 @@ class Connection:
             self._lost_reason = reason
             self._lose()
         self._scope.cancel()
+
+    async def drain(self) -> None:
+        """Look at nothing more the peer sends, answer the calls that came, and end. Returns when that is done."""
+        self._draining = True
+        if self._reading is not None:
+            self._reading.cancel()
+        await self._lost.wait()
 
     def send_call(
         self,
@@ -200,17 +212,30 @@ class Connection:
             if self.agreement.rest or not self.agreement.is_master:
                 self._heard.set()
             await self._receive(self.agreement.rest, nursery)
-            while pieces := await self._stream.receive_pieces():
+            while pieces := await self._receive_pieces():
                 self._last_received_s = trio.current_time()
                 self._heard.set()
                 for piece in pieces:
                     await self._receive(piece, nursery)
+            while self._draining and (
+                self._handler_slots.value < HANDLERS_MAX or self._broker.outgoing_bytes or self._sending
+            ):
+                await self._written.park()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._lost_reason = "connection broke"
         except RemoteProtocolError as error:
             self._lost_reason = str(error)
             log.warning("dropping connection to %s: %s", self.peer_tub_id[:8], error)
             await self._say_why()
+
+    async def _receive_pieces(self) -> list[bytes]:
+        """Empty at the end, also when we are the ones who want it."""
+        pieces: list[bytes] = []
+        with trio.CancelScope() as self._reading:
+            if not self._draining:
+                pieces = await self._stream.receive_pieces()
+        self._reading = None
+        return pieces
 
     async def _receive(self, data: bytes, nursery: trio.Nursery) -> None:
         for event in self._broker.receive_data(data):
@@ -241,6 +266,13 @@ class Connection:
     async def _start_handler(self, call: InboundCall, nursery: trio.Nursery) -> None:
         while self._broker.reply_bytes > REPLY_BYTES_MAX:  # many small calls may ask for large answers
             await self._written.park()
+        if call.target.in_turn:
+            await self._answer(call)
+            self._calls_in_turn += 1
+            if self._calls_in_turn % CALLS_IN_TURN_MAX == 0:
+                self._to_write.unpark_all()
+                await trio.lowlevel.checkpoint()
+            return
         await self._handler_slots.acquire()
         started = trio.Event()
         nursery.start_soon(self._handle, call, started)
@@ -249,6 +281,13 @@ class Connection:
 
     async def _handle(self, call: InboundCall, started: trio.Event) -> None:
         started.set()  # whoever waits for this runs only when we await something
+        try:
+            await self._answer(call)
+        finally:
+            self._handler_slots.release()
+        self._to_write.unpark_all()
+
+    async def _answer(self, call: InboundCall) -> None:
         try:
             handler = getattr(call.target, f"remote_{call.method}", None)
             if handler is None:
@@ -261,9 +300,6 @@ class Connection:
             self._broker.send_error(call.reqid, error)
         else:
             self._broker.send_answer(call.reqid, value)
-        finally:
-            self._handler_slots.release()
-        self._to_write.unpark_all()
 
     # --- writing
 
@@ -276,7 +312,9 @@ class Connection:
                     # Until it has read our decision, a slave takes what follows for text, and not much of that.
                     await self._stream.send_all(ping_token(PING, 0))
                     await self._heard.wait()
+                self._sending = True
                 await self._stream.send_buffers(self._broker.data_to_send())
+                self._sending = False
                 self._written.unpark_all()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.close("connection broke")

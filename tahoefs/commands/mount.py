@@ -27,19 +27,21 @@ from tahoefs.what import WhatError, resolve_what
 def command(
     ctx: click.Context, what: str, mountpoint: Path, options: tuple[str, ...], foreground: bool, node_dir: Path
 ) -> None:
-    """Mount WHAT (alias:, alias:path, @FILE, - or a cap) on the empty directory MOUNTPOINT.
+    """Mount WHAT (alias:, alias:path, local:DIR, @FILE, - or a cap) on the empty directory MOUNTPOINT.
 
     Returns once the folder lists; the mount then goes on in the background.
     """
     try:
         MountOptions.parse(options)
-        target = resolve_what(what, node_dir)
+        target = resolve_what(what, node_dir, may_be_new=True)
     except (OptionError, WhatError) as error:
         raise UserError(str(error), 2) from None
     for text in target.warnings:
         warn(text)
     where = absolute(mountpoint)
     prepare(where)
+    if target.local is not None:
+        node_dir = _prepare_local(target.local)
 
     config = MountConfig(
         node_dir=str(node_dir.absolute()),
@@ -48,6 +50,7 @@ def command(
         label=target.label,
         mountpoint=str(where),
         options=options,
+        local=str(target.local) if target.local is not None else None,
         debug=ctx.obj["debug"],
     )
     if foreground:
@@ -56,13 +59,27 @@ def command(
         _run_behind(config)
 
 
+def _prepare_local(directory: Path) -> Path:
+    """Make the embedded grid's directories if they are missing; returns the node directory to use it with."""
+    from tahoefs import local_grid
+
+    local_grid.prepare(directory)
+    return local_grid.client_directory(directory)
+
+
 def _run_here(config: MountConfig) -> None:
     import trio
 
-    from tahoefs.daemon import run_mount, set_up_logging
+    from tahoefs import sdnotify
+    from tahoefs.daemon import run_mount
+    from tahoefs.logs import set_up_logging
+
+    def note(text: str) -> None:
+        click.echo(text, err=True)
+        sdnotify.notify(f"STATUS={text}")
 
     set_up_logging(None, debug=config.debug)
-    trio.run(run_mount, config, lambda: None, lambda text: click.echo(text, err=True))
+    trio.run(run_mount, config, sdnotify.ready, note)
 
 
 def _run_behind(config: MountConfig) -> None:

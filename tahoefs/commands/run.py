@@ -1,0 +1,52 @@
+"""`tahoefs run DIR`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from grid.server_directory import ServerDirectory
+
+
+@click.command("run", short_help="run a node's services")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.pass_context
+def command(ctx: click.Context, directory: Path) -> None:
+    """Run the services that the node directory DIRECTORY enables (introducer, storage) until told to stop.
+
+    Says `ready` in one line when they answer. SIGTERM and SIGINT let it finish what it was asked for first; a second
+    one does not. The log goes to standard error.
+    """
+    import trio
+
+    from grid.server_directory import ServerDirectory
+    from tahoefs.logs import set_up_logging
+
+    set_up_logging(None, debug=ctx.obj["debug"])
+    trio.run(_run, ServerDirectory.open(directory))
+
+
+async def _run(node: ServerDirectory) -> None:
+    import trio
+
+    from grid.services import Serving, serve_node
+    from tahoefs import sdnotify
+    from tahoefs.signals import stop_on_signals
+
+    async with trio.open_nursery() as nursery:
+        stop = trio.Event()
+        await nursery.start(stop_on_signals, stop, nursery.cancel_scope)
+
+        async def serve(*, task_status: trio.TaskStatus[Serving]) -> None:
+            await serve_node(node, stop, task_status=task_status)
+            nursery.cancel_scope.cancel()
+
+        serving = await nursery.start(serve)
+        ports = ",".join(map(str, serving.ports))
+        click.echo(f"ready services={','.join(serving.services)} port={ports} furl_file={node.furl_file}")
+        sdnotify.ready()
+        await stop.wait()
+        sdnotify.stopping()
