@@ -44,6 +44,7 @@ class FoolscapStorage(Referenceable):
     """RIStorageServer, to be registered under the storage swissnum. `run()` watches the connections."""
 
     remote_interface: ClassVar[RemoteInterface | None] = RIStorageServer
+    in_turn = True
 
     def __init__(self, service: StorageService) -> None:
         self._service = service
@@ -155,6 +156,7 @@ class BucketWriter(Referenceable):
     """RIBucketWriter: one upload."""
 
     remote_interface: ClassVar[RemoteInterface | None] = RIBucketWriter
+    in_turn = True
 
     def __init__(self, upload: Upload) -> None:
         self._upload = upload
@@ -175,6 +177,7 @@ class BucketReader(Referenceable):
     """RIBucketReader: one finished share."""
 
     remote_interface: ClassVar[RemoteInterface | None] = RIBucketReader
+    in_turn = True
 
     def __init__(self, service: StorageService, storage_index: bytes, number: int) -> None:
         self._service = service

@@ -22,6 +22,10 @@ class Referenceable:
 
     remote_interface: ClassVar[RemoteInterface | None] = None
 
+    # Set by objects whose methods never wait for the peer: calls are then answered one after another, without a task
+    # for each. While one is at work nothing more is read from that connection, which bounds what it can ask for.
+    in_turn: ClassVar[bool] = False
+
 
 class RemoteHandle:
     """The right to call one of the peer's objects, for as long as the connection lives."""
