@@ -31,7 +31,6 @@ PONG_TIMEOUT_S: Final = 120.0  # a peer that was silent must answer our PING wit
 HANDLERS_MAX: Final = 256  # calls of one peer we work on at a time; then we stop reading
 UNHEARD_BYTES_MAX: Final = 2048  # sent by a master before its slave has shown that it reads banana
 CALLS_IN_TURN_MAX: Final = 32  # answered without giving way to other tasks
-CALLS_IN_TURN_MAX: Final = 32  # answered without giving way to other tasks
 REPLY_BYTES_MAX: Final = 16 << 20  # replies queued for a peer that does not read; then we stop reading
 
 
@@ -132,7 +131,6 @@ class Connection:
         self._to_write = trio.lowlevel.ParkingLot()
         self._written = trio.lowlevel.ParkingLot()
         self._handler_slots = trio.Semaphore(HANDLERS_MAX)
-        self._calls_in_turn = 0
         self._calls_in_turn = 0
         self._last_received_s = 0.0
         self._heard = trio.Event()  # the peer has sent banana
@@ -283,13 +281,6 @@ class Connection:
 
     async def _handle(self, call: InboundCall, started: trio.Event) -> None:
         started.set()  # whoever waits for this runs only when we await something
-        try:
-            await self._answer(call)
-        finally:
-            self._handler_slots.release()
-        self._to_write.unpark_all()
-
-    async def _answer(self, call: InboundCall) -> None:
         try:
             await self._answer(call)
         finally:
