@@ -118,6 +118,7 @@ async def join_grid(node: NodeDirectory) -> AsyncIterator[GridClient]:
         grid_manager_keys=node.grid_manager_keys,
         nickname=node.nickname,
         cache_directory=node.path / "private",
+        force_foolscap=node.force_foolscap,
     )
     keys = KeyPool()
     failure: BaseException | None = None

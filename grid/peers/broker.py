@@ -4,7 +4,8 @@ The order is that of SHA1(storage index + permutation seed), preferred servers f
 gets the same one, so a reader looks first where the writer put the shares. Servers that have stopped
 answering come last, as long as they do.
 
-Servers come from introducers (`grid/peers/introducer.py`) and from `servers.yaml`, whose entries count more.
+Servers come from introducers (`grid/peers/introducer.py`) and from `servers.yaml`, whose entries count more. One that
+announces where it is reached over HTTP is used over HTTP, all others over Foolscap; never one and then the other.
 Source: Tahoe-LAFS 1.20's server selection.
 """
 
@@ -14,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import trio
 
@@ -24,8 +25,10 @@ from grid.formats.furl import Furl
 from grid.formats.hashutil import permuted_key
 from grid.interfaces import IStorageServer
 from grid.peers.foolscap_storage import FoolscapStorageServer
+from grid.peers.gbs_storage import GBSStorageServer
 from grid.peers.introducer import IntroducerClient, cache_path
 from grid.peers.reconnect import Reconnector
+from grid.wire.gbs import Nurl, usable_nurls
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ SERVERS_MAX: Final = 2000
 DIALS_AT_ONCE_MAX: Final = 64
 SETTLE_S: Final = 2.0  # so long nothing may change before "these are all there are" is believed
 _LOOK_AGAIN_S: Final = 0.5  # a slow dial settles by time alone
+
+StorageServer: TypeAlias = FoolscapStorageServer | GBSStorageServer
 
 
 class StorageBroker:
@@ -48,13 +53,15 @@ class StorageBroker:
         grid_manager_keys: tuple[bytes, ...] = (),
         nickname: str = "",
         cache_directory: Path | None = None,
+        force_foolscap: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._preferred = frozenset(preferred)
         self._grid_manager_keys = grid_manager_keys
         self._keepalive_s = keepalive_s
+        self._force_foolscap = force_foolscap
         self._clock = clock
-        self._servers: dict[str, FoolscapStorageServer] = {}
+        self._servers: dict[str, StorageServer] = {}
         self._static_ids: frozenset[str] = frozenset()
         self._running: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
@@ -96,7 +103,7 @@ class StorageBroker:
         finally:
             self._nursery = None
 
-    async def _run_server(self, server: FoolscapStorageServer) -> None:
+    async def _run_server(self, server: StorageServer) -> None:
         with trio.CancelScope() as scope:
             if self._servers.get(server.server_id) is server:  # not replaced before it could start
                 self._running[server.server_id] = scope
@@ -108,14 +115,14 @@ class StorageBroker:
         if server_id in self._static_ids:
             return
         held = self._servers.get(server_id)
-        if held is not None and held.announcement.furl == announcement.furl:
+        if held is not None and self._place(held.announcement) == self._place(announcement):
             held.announcement = announcement  # the place is the same: stay connected
             return
         if held is None and len(self._servers) >= SERVERS_MAX:
             log.warning("more than %d storage servers: one left out", SERVERS_MAX)
             return
         try:
-            server = FoolscapStorageServer(announcement, keepalive_s=self._keepalive_s, changed=self._wake)
+            server = self._server_of(announcement)
         except FormatError as error:
             log.warning("storage server %s left out: %s", server_id.removeprefix("v0-")[:8], error)
             return
@@ -126,10 +133,23 @@ class StorageBroker:
             self._nursery.start_soon(self._run_server, server)
         self._wake()
 
+    def _place(self, announcement: Announcement) -> object:
+        """Where the server is, and over what: when that changes, it is connected anew."""
+        return announcement.furl, frozenset(self._nurls_of(announcement))
+
+    def _nurls_of(self, announcement: Announcement) -> list[Nurl]:
+        return [] if self._force_foolscap else usable_nurls(announcement.nurls)
+
+    def _server_of(self, announcement: Announcement) -> StorageServer:
+        """Raises FormatError."""
+        if self._nurls_of(announcement):
+            return GBSStorageServer(announcement, changed=self._wake)
+        return FoolscapStorageServer(announcement, keepalive_s=self._keepalive_s, changed=self._wake)
+
     # --- IStorageBroker ---------------------------------------------------------------------------------------------
 
     def get_permuted_servers(self, storage_index: bytes) -> list[IStorageServer]:
-        def rank(server: FoolscapStorageServer) -> tuple[bool, bool, bytes]:
+        def rank(server: StorageServer) -> tuple[bool, bool, bytes]:
             return (
                 not server.responsive,
                 server.server_id not in self._preferred,

@@ -16,11 +16,11 @@ from typing import Any, Final
 import trio
 from attrs import field, frozen
 
-from grid.errors import ConnectionLostError, FormatError, PeerError, RemoteFailure, RemoteProtocolError
+from grid.errors import ConnectionLostError, PeerError, RemoteFailure, RemoteProtocolError
 from grid.formats.announcement import Announcement
-from grid.formats.furl import Furl
 from grid.interfaces import IBucketReader, IBucketWriter, LeaseSecrets, SlotSecrets, SlotWrite
 from grid.peers import deadlines
+from grid.peers.announced import AnnouncedServer
 from grid.peers.buckets import READ_BYTES_MAX, FoolscapBucketReader, FoolscapBucketWriter, WriteWindow, advice
 from grid.peers.pulse import Pulse
 from grid.peers.reconnect import Reconnector, keep_connected
@@ -29,11 +29,7 @@ from grid.wire.references import Referenceable
 
 log = logging.getLogger(__name__)
 
-SLOW_DIAL_S: Final = 5.0  # who has not answered by then is not waited for at start-up
-NAME_CHARACTERS: Final = 8
 LIGHT_BYTES_MAX: Final = 16 << 10  # calls that move more say more about the line than about latency
-_VERSION_KEY: Final = b"http://allmydata.org/tahoe/protocols/storage/v1"
-_OLD_IMMUTABLE_SHARE_BYTES_MAX: Final = (1 << 32) - 1  # of servers too old to say
 
 
 @frozen(eq=False)
@@ -48,50 +44,14 @@ class _Connection:
     canary: Referenceable = field(factory=Referenceable)
 
 
-class FoolscapStorageServer:
+class FoolscapStorageServer(AnnouncedServer):
     """IStorageServer over RIStorageServer. `run()` keeps it connected."""
 
     def __init__(self, announcement: Announcement, *, keepalive_s: float, changed: Callable[[], None] = lambda: None):
         """Raises FormatError when the announcement has no usable FURL. `changed` is called at connect and loss."""
-        if announcement.furl is None:
-            raise FormatError("a storage server is announced without a FURL")
-        self.announcement = announcement
-        self._furl: Furl = announcement.furl
-        self._tub_id = announcement.furl.tub_id_bytes
+        super().__init__(announcement, changed=changed)
         self._keepalive_s = keepalive_s
-        self._changed = changed
         self._connection: _Connection | None = None
-        self._version: Mapping[bytes, Any] = {}
-        self._dialling_since: float | None = None
-        self._failed_once = False
-        self.last_failure: str | None = None
-
-    # --- who it is --------------------------------------------------------------------------------------------------
-
-    @property
-    def server_id(self) -> str:
-        return self.announcement.server_id
-
-    @property
-    def name(self) -> str:
-        return self.server_id.removeprefix("v0-")[:NAME_CHARACTERS]
-
-    @property
-    def nickname(self) -> str:
-        return self.announcement.nickname
-
-    @property
-    def permutation_seed(self) -> bytes:
-        return self.announcement.permutation_seed
-
-    @property
-    def tub_id(self) -> bytes:
-        return self._tub_id
-
-    def __repr__(self) -> str:
-        return f"<FoolscapStorageServer {self.name}{'' if self.connected else ' (not connected)'}>"
-
-    # --- how it is --------------------------------------------------------------------------------------------------
 
     @property
     def connected(self) -> bool:
@@ -106,28 +66,6 @@ class FoolscapStorageServer:
     def latency_s(self) -> float | None:
         """Average time it took over small calls of late; None when nothing is known."""
         return self._connection.pulse.latency_s if self._connection else None
-
-    @property
-    def settled(self) -> bool:
-        """Connected, or known to be of no use for now: it refused, was lost, or is slow to answer at all."""
-        if self.connected or self._failed_once:
-            return True
-        return self._dialling_since is not None and trio.current_time() - self._dialling_since > SLOW_DIAL_S
-
-    @property
-    def maximum_immutable_share_size(self) -> int:
-        default = 0 if not self._version else _OLD_IMMUTABLE_SHARE_BYTES_MAX
-        size = self._told(b"maximum-immutable-share-size")
-        return default if size is None else size
-
-    @property
-    def available_space(self) -> int | None:
-        return self._told(b"available-space")
-
-    def _told(self, key: bytes) -> int | None:
-        inner = self._version.get(_VERSION_KEY)
-        value = inner.get(key) if isinstance(inner, Mapping) else None
-        return value if type(value) is int and value >= 0 else None
 
     # --- being connected --------------------------------------------------------------------------------------------
 
@@ -168,13 +106,6 @@ class FoolscapStorageServer:
             reconnector.leave(backoff)
             self._connection = None
 
-    def _failed(self, error: PeerError) -> None:
-        self.last_failure = f"{type(error).__name__}: {error}"
-        # a server that stays away is tried for ever: said once, not every minute
-        log.log(logging.DEBUG if self._failed_once else logging.INFO, "storage server %s: %s", self.name, error)
-        self._failed_once = True
-        self._changed()
-
     async def _refresh_version(self, connection: _Connection) -> None:
         try:
             with connection.pulse.call(light=True):
@@ -185,12 +116,6 @@ class FoolscapStorageServer:
             if error.short_type not in ("Violation", "AttributeError"):
                 raise
             self._version = {b"application-version": b"before 1.3"}  # the method is younger than that server
-
-    @property
-    def _application_version(self) -> str:
-        version = self._version.get(b"application-version", b"")
-        text = version.decode("utf-8", "replace")[:64] if isinstance(version, bytes) else ""
-        return text if text.isprintable() else ""
 
     def _connected(self) -> _Connection:
         if self._connection is None:

@@ -21,6 +21,8 @@ from grid.errors import (
 from grid.formats.announcement import from_mapping
 from grid.interfaces import IBucketWriter, LeaseSecrets, SlotSecrets, SlotWrite
 from grid.peers import deadlines, gbs_buckets, pulse, reconnect
+from grid.peers.broker import StorageBroker
+from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.gbs_storage import GBSStorageServer
 from grid.peers.reconnect import Reconnector
 from grid.server.gbs import GBSStorage
@@ -355,3 +357,38 @@ async def test_ranges_far_apart_read_the_first_one_last(tmp_path: Path, monkeypa
             asked.clear()
             await server.slot_readv(SI, [0], [(0, 41), (100, 10), (60_000, 10)])
             assert asked == [b"bytes=0-60009"]  # close enough to be one read
+
+
+# --- chosen by the broker -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("announce_http", "force_foolscap", "expected"),
+    [(True, False, GBSStorageServer), (True, True, FoolscapStorageServer), (False, False, FoolscapStorageServer)],
+)
+async def test_the_broker_takes_http_where_it_is_announced(
+    tmp_path: Path, announce_http: bool, force_foolscap: bool, expected: type
+) -> None:
+    async with gbs_peer(tmp_path, listen=True) as peer, trio.open_nursery() as nursery:
+        broker = StorageBroker(introducers={}, static_servers={}, keepalive_s=240, force_foolscap=force_foolscap)
+        broker.add_announcement(peer.announcement(http=announce_http))
+        await nursery.start(broker.run)
+        assert await broker.wait_for_servers(1, 10) == 1
+        (server,) = broker.get_permuted_servers(SI)
+        assert type(server) is expected
+        assert await server.get_buckets(SI) == {}
+        # announced again as it is, it stays; announced elsewhere, it is another
+        broker.add_announcement(peer.announcement(http=announce_http))
+        assert broker.get_known_servers() == [server]
+        broker.add_announcement(peer.announcement(http=not announce_http))
+        assert (broker.get_known_servers() == [server]) is force_foolscap
+        nursery.cancel_scope.cancel()
+
+
+async def test_nurls_of_no_use_leave_foolscap(tmp_path: Path) -> None:
+    broker = StorageBroker(introducers={}, static_servers={}, keepalive_s=240)
+    tor = f"pb+tor://{'A' * 43}@abc.onion:1/s#v=1"
+    furl = "pb://" + "a" * 32 + "@tcp:127.0.0.1:1/s"
+    raw = {"anonymous-storage-FURL": furl, "anonymous-storage-NURLs": [tor, "nonsense"]}
+    broker.add_announcement(from_mapping("v0-x", raw))
+    assert [type(server) for server in broker.get_known_servers()] == [FoolscapStorageServer]
