@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pwd
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def node_dir_option(function: _Function) -> _Function:
 def default_node_dir() -> Path:
     if named := os.environ.get("TAHOEFS_NODE_DIR"):
         return Path(named)
-    home = Path(os.environ.get("HOME") or "/root")
+    home = Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)  # mount(8) and systemd may not set it
     tahoe = home / ".tahoe"
     return tahoe if tahoe.is_dir() else home / ".tahoefs"
 
