@@ -10,11 +10,12 @@ Killed before the record is whole, nothing was done: old. Killed later, the stor
 opened next: new. Every step may be repeated. A change that is one step, and cannot be torn (a rename, an unlink, a
 write within one page), goes straight to the file.
 
-Why this and not a copy that is renamed over the share: a write of 4 KiB into an MDMF share of 100 MB costs 8 KiB
-here, and writing a whole slot anew (every change of a directory) costs two more system calls than the original's
-way, and the bytes twice in memory: the journal's pages are written over again before the disk ever sees most of
-them. Measured, a directory's share of 3 kB is replaced in 0.05 ms, against 0.1 ms with copy and rename. New shares
-never pass through here: they are made beside the store and appear by rename.
+Why this and not a copy that is renamed over the share: a write of 3 kB into an MDMF share of 100 MB costs as little as
+into a small one, and a small share (a directory changed) is a matter of two writes more, not of a new file. Measured on
+ext4, CPU time for 3 kB: in place, which a kill can tear, 2 us; by the journal 14 us, into 100 MB 20 us; copy and rename
+65 us, into 100 MB a thousand times that. The bytes go to memory twice; the disk hardly sees the journal, whose first
+pages are written over again before they are due. 1 MiB costs 0.5 ms, most of it the checksum. New shares never pass
+through here: they are made beside the others and appear by rename.
 
 Why redo and not undo: nothing has to be read first.
 
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 Buffer = bytes | bytearray | memoryview
 
 PAGE_BYTES: Final = 4096  # the kernel copies a write page by page, and looks for a kill in between
-KEPT_BYTES: Final = 1 << 20  # the file is cut back to this after a large change
+KEPT_BYTES: Final = 4 << 20  # the file is cut back to this after a large change
 _ZEROS: Final = bytes(64 << 10)
 _BUFFERS_MAX: Final = 512  # in one system call
 

@@ -31,26 +31,18 @@ from typing import Final
 
 from grid.errors import FormatError
 from grid.formats import base32, container
-from grid.server.errors import BadRequestError, StorageError, UnusableShareError
+from grid.server.checks import SHARE_NUMBER_MAX, STORAGE_INDEX_BYTES
+from grid.server.errors import StorageError, UnusableShareError
 from grid.server.immutables import OpenShares
 from grid.server.journal import Journal, Places
 
 log = logging.getLogger(__name__)
 
-STORAGE_INDEX_BYTES: Final = 16
-SHARE_NUMBER_MAX: Final = 255
 LEASE_PERIOD_S: Final = 31 * 24 * 3600
 REASON_BYTES_MAX: Final = 32 << 10
 ADVISORIES_MAX: Final = 10_000  # ours: files kept; nobody can fill a disk by complaining
 
 _INCOMING = "incoming"
-
-
-def check_storage_index(storage_index: bytes) -> bytes:
-    """Raises BadRequestError."""
-    if len(storage_index) != STORAGE_INDEX_BYTES:
-        raise BadRequestError(f"a storage index is {STORAGE_INDEX_BYTES} bytes")
-    return storage_index
 
 
 @lru_cache(maxsize=1024)  # several uses in one call, several calls in a row

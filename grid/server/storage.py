@@ -24,14 +24,24 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
-from attrs import define, field
 
 from grid.formats import container
 from grid.interfaces import LeaseSecrets, SlotSecrets, SlotWrite
 from grid.server import immutables, slots
+from grid.server.checks import (
+    SHARES_PER_CALL_MAX,
+    check_lease,
+    check_secret,
+    check_share_numbers,
+    check_span,
+    check_storage_index,
+    check_vectors,
+    check_writes,
+)
 from grid.server.errors import BadRequestError, NoSpaceError, NoSuchShareError
 from grid.server.journal import FileChange, Unlink
-from grid.server.shares import LEASE_PERIOD_S, SHARE_NUMBER_MAX, ShareStore, check_storage_index
+from grid.server.locks import Lock, Locks
+from grid.server.shares import LEASE_PERIOD_S, ShareStore
 from grid.server.uploads import Upload, UploadFiles
 
 log = logging.getLogger(__name__)
@@ -40,13 +50,8 @@ T = TypeVar("T")
 
 UPLOAD_TIMEOUT_S: Final = 30 * 60  # without a write
 UPLOADS_MAX: Final = 10_000  # ours: in progress at a time; more are refused as if there were no space
-SHARES_PER_CALL_MAX: Final = 256
-VECTORS_MAX: Final = 4096  # ours: tests or reads in one call, for each share
-WRITES_MAX: Final = 100_000  # ours: in one call, for each share
-OFFSET_MAX: Final = (1 << 63) - 1
 INLINE_BYTES_MAX: Final = 512 << 10  # read or written without a thread
 WORKERS: Final = 8  # threads that do large file work
-SECRET_BYTES: Final = 32
 
 APPLICATION_VERSION: Final = b"tahoe-lafs/1.20.0"  # what clients know; they look at the features, not at this
 VERSION_KEY: Final = b"http://allmydata.org/tahoe/protocols/storage/v1"
@@ -61,7 +66,7 @@ class StorageService:
         self.upload_files = UploadFiles(store)
         self._uploads: OrderedDict[tuple[bytes, int], Upload] = OrderedDict()  # written to longest ago first
         self._promised = 0  # bytes, to uploads
-        self._locks: dict[bytes, _Lock] = {}
+        self._locks = Locks()
         self._workers = trio.CapacityLimiter(WORKERS)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -116,10 +121,10 @@ class StorageService:
         when there is no room for a lease, BadRequestError.
         """
         check_storage_index(storage_index)
-        _check_lease(lease)
-        numbers = _check_share_numbers(share_numbers)
-        _check_span(0, allocated_size)
-        async with self._lock(storage_index):
+        check_lease(lease)
+        numbers = check_share_numbers(share_numbers)
+        check_span(0, allocated_size)
+        async with self._locks.hold(storage_index):
             space = self.store.available_space()
             free = math.inf if space is None else space - self._promised
             have = await self.work(0, partial(self._lease_finished, storage_index, lease))
@@ -189,7 +194,7 @@ class StorageService:
     async def read(self, storage_index: bytes, number: int, offset: int, length: int) -> bytes:
         """Of an immutable share, cut at its end. Raises NoSuchShareError, UnusableShareError, BadRequestError."""
         check_storage_index(storage_index)
-        _check_span(offset, length)
+        check_span(offset, length)
         with self.store.open_shares.use(storage_index, number) as share:
             wanted = max(0, min(length, share.data_bytes() - offset))
             if wanted > slots.READ_BYTES_MAX:
@@ -201,7 +206,7 @@ class StorageService:
     async def add_lease(self, storage_index: bytes, lease: LeaseSecrets) -> bool:
         """Add or renew it on every share there, for 31 days from now; whether there was any. Raises NoSpaceError."""
         check_storage_index(storage_index)
-        _check_lease(lease)
+        check_lease(lease)
 
         def add(number: int) -> None:
             if self.store.kind_of(storage_index, number) == "immutable":
@@ -216,7 +221,7 @@ class StorageService:
     async def renew_lease(self, storage_index: bytes, renew_secret: bytes) -> None:
         """On every share there. Raises NoSuchShareError when there is none, or one without such a lease."""
         check_storage_index(storage_index)
-        _check_secret(renew_secret)
+        check_secret(renew_secret)
 
         def renew(number: int) -> None:
             with ExitStack() as stack:
@@ -232,7 +237,7 @@ class StorageService:
         see Tahoe-LAFS 1.8.3. Raises NoSuchShareError when no share has such a lease.
         """
         check_storage_index(storage_index)
-        _check_secret(cancel_secret)
+        check_secret(cancel_secret)
         freed: list[int] = []
         found: list[int] = []
 
@@ -310,7 +315,7 @@ class StorageService:
                 do(number)
             return bool(numbers)
 
-        async with self._lock(storage_index):
+        async with self._locks.hold(storage_index):
             return await self.work(0, all_of_them)
 
     # --- mutable slots
@@ -325,15 +330,15 @@ class StorageService:
         check_storage_index(storage_index)
         if len(share_numbers) > SHARES_PER_CALL_MAX:
             raise BadRequestError("too many shares")
-        _check_vectors(read_vectors)
+        check_vectors(read_vectors)
         weight = sum(length for _, length in read_vectors)
-        async with self._lock(storage_index):
+        async with self._locks.hold(storage_index):
             return await self.work(weight, partial(slots.readv, self.store, storage_index, share_numbers, read_vectors))
 
     async def slot_length(self, storage_index: bytes, number: int) -> int:
         """Bytes of data of a mutable share. Raises NoSuchShareError, UnusableShareError."""
         check_storage_index(storage_index)
-        async with self._lock(storage_index):
+        async with self._locks.hold(storage_index):
             with ExitStack() as stack:
                 return slots.open_slot(self.store, storage_index, number, stack).header.data_bytes
 
@@ -349,12 +354,12 @@ class StorageService:
         Raises BadWriteEnablerError, DataTooLargeError, NoSpaceError, UnusableShareError, BadRequestError.
         """
         check_storage_index(storage_index)
-        _check_secret(secrets.write_enabler)
-        _check_lease(secrets.lease)
-        _check_vectors(read_vectors)
-        weight = _check_writes(writes) + sum(length for _, length in read_vectors)
+        check_secret(secrets.write_enabler)
+        check_lease(secrets.lease)
+        check_vectors(read_vectors)
+        weight = check_writes(writes) + sum(length for _, length in read_vectors)
         call = partial(slots.read_test_write, self.store, storage_index, secrets, writes, read_vectors)
-        async with self._lock(storage_index):
+        async with self._locks.hold(storage_index):
             return await self.work(weight, call)
 
     # --- complaints
@@ -377,94 +382,6 @@ class StorageService:
             return function()
         return await trio.to_thread.run_sync(function, limiter=self._workers)
 
-    def _lock(self, storage_index: bytes) -> _Lock:
-        lock = self._locks.get(storage_index)
-        if lock is None:
-            lock = self._locks[storage_index] = _Lock(storage_index, self._locks)
-        return lock
-
-    def hold(self, storage_index: bytes) -> _Lock:
+    def hold(self, storage_index: bytes) -> Lock:
         """`async with` this, and nobody else changes that storage index meanwhile."""
-        return self._lock(storage_index)
-
-
-@define(eq=False)
-class _Lock:
-    """In its table for as long as somebody holds it or waits. Entering it is no checkpoint when it is free."""
-
-    storage_index: bytes
-    table: dict[bytes, _Lock] = field(repr=False)
-    users: int = 0
-    lock: trio.Lock = field(factory=trio.Lock)
-
-    async def __aenter__(self) -> None:
-        self.users += 1
-        try:
-            try:
-                self.lock.acquire_nowait()
-            except trio.WouldBlock:
-                await self.lock.acquire()
-        except BaseException:
-            self._leave()
-            raise
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.lock.release()
-        self._leave()
-
-    def _leave(self) -> None:
-        self.users -= 1
-        if not self.users:
-            del self.table[self.storage_index]
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _check_secret(secret: bytes) -> None:
-    if len(secret) != SECRET_BYTES:
-        raise BadRequestError(f"a secret is {SECRET_BYTES} bytes")
-
-
-def _check_lease(lease: LeaseSecrets) -> None:
-    _check_secret(lease.renew)
-    _check_secret(lease.cancel)
-
-
-def _check_share_numbers(numbers: Collection[int]) -> frozenset[int]:
-    chosen = frozenset(numbers)
-    if len(chosen) > SHARES_PER_CALL_MAX:
-        raise BadRequestError("too many shares")
-    if any(not 0 <= number <= SHARE_NUMBER_MAX for number in chosen):
-        raise BadRequestError(f"share numbers go from 0 to {SHARE_NUMBER_MAX}")
-    return chosen
-
-
-def _check_span(offset: int, length: int) -> None:
-    if offset < 0 or length < 0 or offset + length > OFFSET_MAX:
-        raise BadRequestError("offset or length out of range")
-
-
-def _check_vectors(vectors: Sequence[tuple[int, int]]) -> None:
-    if len(vectors) > VECTORS_MAX:
-        raise BadRequestError("too many vectors")
-    for offset, length in vectors:
-        _check_span(offset, length)
-
-
-def _check_writes(writes: Mapping[int, SlotWrite]) -> int:
-    """About how many bytes the call is about."""
-    _check_share_numbers(writes)
-    weight = 0
-    for write in writes.values():
-        if len(write.tests) > VECTORS_MAX or len(write.data) > WRITES_MAX:
-            raise BadRequestError("too many vectors")
-        for test in write.tests:
-            _check_span(test.offset, test.length)
-            weight += len(test.specimen)
-        for offset, data in write.data:
-            _check_span(offset, len(data))
-            weight += len(data)
-        if write.new_length is not None:
-            _check_span(0, write.new_length)
-    return weight
+        return self._locks.hold(storage_index)

@@ -192,7 +192,7 @@ def test_what_failed_half_way_is_finished_by_the_next_change(tmp_path: Path, mon
 def test_large_changes_do_not_keep_the_disk(tmp_path: Path) -> None:
     directory = prepare(tmp_path)
     opened = directory.open()
-    opened.commit([FileChange(SI, 0, [Write(0, bytes(3 << 20)), Write(9, b"x")], grows_to=3 << 20)])
+    opened.commit([FileChange(SI, 0, [Write(0, bytes(9 << 20)), Write(9, b"x")], grows_to=9 << 20)])
     assert (tmp_path / "journal").stat().st_size <= journal.KEPT_BYTES
     opened.close()
 

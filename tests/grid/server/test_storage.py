@@ -385,7 +385,7 @@ async def test_calls_on_one_slot_take_turns(tmp_path: Path, monkeypatch: pytest.
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(count)
-        assert not service._locks
+        assert not service._locks.table
     assert sorted(won) == list(range(30))
 
 
@@ -553,7 +553,7 @@ async def test_bad_arguments(tmp_path: Path, method: str, arguments: tuple[Any, 
         with pytest.raises(BadRequestError):
             await getattr(service, method)(*arguments)
         assert not files_in(tmp_path / "shares")
-        assert service.uploads_in_progress == 0 and not service._locks
+        assert service.uploads_in_progress == 0 and not service._locks.table
 
 
 @pytest.mark.parametrize("entry", load("storage.json")["hash"]["si_dir"])
