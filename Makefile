@@ -1,4 +1,4 @@
-.PHONY: test lint bench setup setup-test
+.PHONY: test lint bench setup setup-test demo demo-stop
 
 test: lint
 	.venv/bin/pytest
@@ -10,6 +10,12 @@ lint: setup-test
 
 bench: setup-test
 	.venv/bin/python -m tests.bench
+
+demo:
+	@tools/demo
+
+demo-stop:
+	@tools/demo stop
 
 setup:
 	tools/setup
