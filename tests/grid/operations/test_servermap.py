@@ -70,7 +70,8 @@ async def test_read_goes_on_to_the_last_server() -> None:
 
 
 async def test_write_stops_behind_k_empty_servers() -> None:
-    broker = MemoryBroker(40)
+    """It asks a few further ones while those before have not answered; how many depends on who answers first."""
+    broker = MemoryBroker(80)
     shares = version(b"x", 1)
     servers = grid.permuted(broker)
     for number, server in enumerate(servers[:10]):
@@ -79,7 +80,7 @@ async def test_write_stops_behind_k_empty_servers() -> None:
     servermap = await update(broker, MapMode.WRITE)
     assert len(servermap.shares) == 11
     asked = [server.calls["slot_readv"] for server in servers]
-    assert asked[:16] == [1] * 16 and sum(asked) <= 16 + 5
+    assert asked[:16] == [1] * 16 and sum(asked) <= 40
 
 
 async def test_nothing_there() -> None:
