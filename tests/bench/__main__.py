@@ -47,8 +47,9 @@ def tahoefs(*arguments: str | Path, stdin: str = "") -> None:
 class Bench:
     """One grid, one scratch folder, and the two ways to do each thing."""
 
-    def __init__(self, grid: TahoeGrid, scratch: Path) -> None:
+    def __init__(self, grid: TahoeGrid, scratch: Path, *, foolscap: bool = False) -> None:
         self.grid, self.scratch = grid, scratch
+        self.node_dir = our_node_directory(grid.client.path, scratch / "node", foolscap=foolscap)
         self.mountpoint = scratch / "mnt"
         self.mountpoint.mkdir()
         self.large = scratch / "large"
@@ -61,7 +62,7 @@ class Bench:
 
     @contextmanager
     def mounted(self, cap: str) -> Iterator[Path]:
-        tahoefs("mount", "-", self.mountpoint, "-d", self.grid.client.path, stdin=cap)
+        tahoefs("mount", "-", self.mountpoint, "-d", self.node_dir, stdin=cap)
         socket = find_socket(self.mountpoint)
         assert socket is not None
         pid = ask(socket, {"command": "status"}, timeout_s=30)["pid"]
@@ -179,6 +180,18 @@ class Bench:
         return max(peak, self.peak_rss)
 
 
+def our_node_directory(theirs: Path, ours: Path, *, foolscap: bool) -> Path:
+    """A node directory of our own for the same grid, so that one side's protocol can be chosen without the other's."""
+    (ours / "private").mkdir(parents=True, mode=0o700)
+    for name in ("secret", "convergence", "introducers.yaml"):
+        shutil.copy(theirs / "private" / name, ours / "private" / name)
+    config = (theirs / "tahoe.cfg").read_text()
+    (ours / "tahoe.cfg").write_text(
+        config.replace("[client]\n", "[client]\nforce_foolscap = true\n") if foolscap else config
+    )
+    return ours
+
+
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -193,12 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=["large", "small", "memory"])
+    parser.add_argument("--foolscap", action="store_true", help="our side speaks Foolscap (theirs: HTTP, its default)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tahoefs-bench-") as scratch:
         grid = TahoeGrid(Path(scratch) / "grid")
         try:
             grid.start()
-            run(Bench(grid, Path(scratch)), arguments.runs, set(arguments.only))
+            run(Bench(grid, Path(scratch), foolscap=arguments.foolscap), arguments.runs, set(arguments.only))
         finally:
             grid.stop()
 
