@@ -1,5 +1,7 @@
 """A real Tahoe-LAFS 1.20 grid on loopback: one introducer, ten storage servers, one client with its web API.
 
+Introducer and servers may be ours instead, run on the same node directories.
+
 The real program is a test peer, never an import of ours: it is installed into a virtual environment of its
 own, outside the checkout, once, and run as child processes. A server is lost with `kill()`, hung with
 `pause()` (its TCP connections stay up), and comes back with `start()` or `resume()`.
@@ -84,11 +86,15 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+OUR_PROGRAM = (sys.executable, "-m", "tahoefs.cli", "run")
+
+
 class Node:
-    """One real node: its directory and, while it runs, its process."""
+    """One node: its directory and, while it runs, its process. `program` is the real one's, or OUR_PROGRAM."""
 
     def __init__(self, tahoe: Path, path: Path, kind: str, config: str) -> None:
-        self.tahoe, self.path = tahoe, path
+        self.path = path
+        self.program: Sequence[str | Path] = (tahoe, "run", "--allow-stdin-close")
         self.process: subprocess.Popen[bytes] | None = None
         (path / "private").mkdir(parents=True, mode=0o700)
         (path / "tahoe.cfg").write_text(config)
@@ -108,7 +114,7 @@ class Node:
             return
         with (self.path / "output.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [self.tahoe, "run", "--allow-stdin-close", self.path],
+                [*self.program, self.path],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -137,25 +143,41 @@ class Node:
 class TahoeGrid:
     """The grid: `introducer`, `servers`, `client`; the client's web API as methods."""
 
-    def __init__(self, base: Path, *, servers: int = SERVERS, shares: tuple[int, int, int] = SHARES) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *,
+        servers: int = SERVERS,
+        shares: tuple[int, int, int] = SHARES,
+        our_introducer: bool = False,
+        our_servers: bool = False,
+        force_foolscap: bool = False,
+    ) -> None:
         self.home = tahoe_environment()
         self.tahoe = self.home / "bin" / "tahoe"
         self.base = base
         self.shares = shares
         self._server_count = servers
+        self._our_introducer, self._our_servers, self._force_foolscap = our_introducer, our_servers, force_foolscap
         self.introducer_furl = ""
         self.servers: list[Node] = []
 
     def start(self) -> TahoeGrid:
         introducer_port, web_port, *ports = free_ports(2 + self._server_count)
         self.introducer = Node(self.tahoe, self.base / "introducer", "introducer", _listening(introducer_port))
+        if self._our_introducer:
+            self.introducer.program = OUR_PROGRAM
         self.introducer.start()
         furl_file = self.introducer.path / "private" / "introducer.furl"
         wait_until(lambda: furl_file.exists() and furl_file.read_text().endswith("\n"), "the introducer's FURL")
         self.introducer_furl = furl_file.read_text().strip()
         for number, port in enumerate(ports):
             config = _listening(port, f"server{number}") + "[storage]\nenabled = true\nreserved_space = 0\n"
+            if self._force_foolscap:
+                config += "force_foolscap = true\n"
             self.servers.append(self._join(Node(self.tahoe, self.base / f"server{number}", "client", config)))
+            if self._our_servers:
+                self.servers[-1].program = OUR_PROGRAM
         self.client = self._join(Node(self.tahoe, self.base / "client", "client", client_config(web_port, self.shares)))
         for node in (*self.servers, self.client):
             node.start()

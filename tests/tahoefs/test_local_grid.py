@@ -143,12 +143,14 @@ async def test_a_user_that_is_killed_counts_as_gone(directory: Path) -> None:
         "trio.run(main)\n"
     )
     user = await trio.lowlevel.open_process([sys.executable, "-c", program, str(directory)], stdout=subprocess.PIPE)
-    assert user.stdout is not None
-    assert await user.stdout.receive_some(100) == b"attached\n"
-    await user.stdout.aclose()
-    child = child_of(directory)
-    user.kill()
-    await user.wait()
+    try:
+        assert user.stdout is not None
+        assert await user.stdout.receive_some(100) == b"attached\n"
+        await user.stdout.aclose()
+        child = child_of(directory)
+    finally:
+        user.kill()
+        await user.wait()
     await until(lambda: not is_running(child))
 
 
