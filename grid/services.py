@@ -38,6 +38,7 @@ from grid.transports.listener import CombinedPort
 from grid.transports.tls import ServerTLS
 from grid.transports.tub import Referenceable, RemoteReference, Tub
 from grid.wire.gbs import Nurl
+from grid.wire.remote_interfaces import RIIntroducerPublisherAndSubscriberService_v2
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,13 @@ async def _publish_everywhere(node: ServerDirectory, signed: SignedAnnouncement,
             failures += 1
 
         await keep_connected(
-            furl, serve=serve, failed=failed, backoff=backoff, dials=dials, keepalive_s=node.keepalive_s
+            furl,
+            RIIntroducerPublisherAndSubscriberService_v2,
+            serve=serve,
+            failed=failed,
+            backoff=backoff,
+            dials=dials,
+            keepalive_s=node.keepalive_s,
         )
 
     async with trio.open_nursery() as nursery:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SERVERS_MAX: Final = 2000
 DIALS_AT_ONCE_MAX: Final = 64
+MISTAKE_PAUSE_S: Final = 60.0  # after a mistake of ours
 SETTLE_S: Final = 2.0  # so long nothing may change before "these are all there are" is believed
 _LOOK_AGAIN_S: Final = 0.5  # a slow dial settles by time alone
 
@@ -97,7 +98,7 @@ class StorageBroker:
                 for server in self._servers.values():
                     nursery.start_soon(self._run_server, server)
                 for introducer in self.introducers:
-                    nursery.start_soon(introducer.run, self._reconnector, self._dials)
+                    nursery.start_soon(self._run_peer, introducer)
                 task_status.started()
                 await trio.sleep_forever()  # a grid without any server is no reason to end
         finally:
@@ -107,7 +108,18 @@ class StorageBroker:
         with trio.CancelScope() as scope:
             if self._servers.get(server.server_id) is server:  # not replaced before it could start
                 self._running[server.server_id] = scope
-                await server.run(self._reconnector, self._dials)
+                await self._run_peer(server)
+
+    async def _run_peer(self, peer: StorageServer | IntroducerClient) -> None:
+        """Until cancelled. A mistake of ours, which a peer may have found, costs that peer, and nothing else."""
+        while True:
+            try:
+                await peer.run(self._reconnector, self._dials)
+            except Exception:
+                log.exception("%r failed", peer)
+                peer.last_failure = "internal error, see the log"
+                self._wake()
+            await trio.sleep(MISTAKE_PAUSE_S)
 
     def add_announcement(self, announcement: Announcement) -> None:
         """Take over a server that was announced, again or for the first time. Static servers stay as they are."""

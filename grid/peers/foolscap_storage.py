@@ -26,6 +26,7 @@ from grid.peers.pulse import Pulse
 from grid.peers.reconnect import Reconnector, keep_connected
 from grid.transports.tub import PendingCall, RemoteReference, Tub
 from grid.wire.references import Referenceable
+from grid.wire.remote_interfaces import RIStorageServer
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class FoolscapStorageServer(AnnouncedServer):
         try:
             await keep_connected(
                 self._furl,
+                RIStorageServer,
                 serve=serve,
                 failed=self._failed,
                 backoff=backoff,

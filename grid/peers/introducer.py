@@ -30,7 +30,7 @@ from grid.formats.furl import Furl
 from grid.peers.reconnect import Reconnector, keep_connected
 from grid.transports.tub import RemoteReference, Tub
 from grid.wire.references import Referenceable
-from grid.wire.remote_interfaces import RIIntroducerSubscriberClient_v2
+from grid.wire.remote_interfaces import RIIntroducerPublisherAndSubscriberService_v2, RIIntroducerSubscriberClient_v2
 from grid.wire.schemas import RemoteInterface
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class IntroducerClient:
                 nursery.start_soon(self._save_changes)
                 await keep_connected(
                     self._furl,
+                    RIIntroducerPublisherAndSubscriberService_v2,
                     serve=serve,
                     failed=self._failed,
                     backoff=backoff,

@@ -18,9 +18,10 @@ from typing import Final, NoReturn
 import trio
 
 from grid.crypto import make_tub_identity
-from grid.errors import ConnectionLostError, PeerError
+from grid.errors import ConnectionLostError, PeerError, RemoteProtocolError
 from grid.formats.furl import Furl
 from grid.transports.tub import RemoteReference, Tub
+from grid.wire.schemas import RemoteInterface
 
 INITIAL_DELAY_S: Final = 1.0
 DELAY_MAX_S: Final = 60.0
@@ -92,6 +93,7 @@ class Backoff:
 
 async def keep_connected(
     furl: Furl,
+    interface: RemoteInterface,
     *,
     serve: Callable[[Tub, RemoteReference], Awaitable[None]],
     failed: Callable[[PeerError], None],
@@ -102,14 +104,15 @@ async def keep_connected(
     """Connect to `furl`, run `serve` while the connection lasts, and again after every loss, for ever.
 
     `serve` is cancelled when the connection is lost; it drops the connection by returning or raising PeerError.
-    `failed` hears of every attempt and every connection that ended. Our identity towards this peer is made here,
+    `failed` hears of every attempt and every connection that ended. What is there must say that it is of `interface`:
+    by that its answers are checked. Our identity towards this peer is made here,
     for this run only: no other program speaks for it, and peers cannot tell by it that they serve the same user.
     """
     # one tub for all connections: it can tell the peer which of them a new one is to replace
     tub = Tub(make_tub_identity(), keepalive_s=keepalive_s)
     while True:
         try:
-            await _connect_once(tub, furl, serve, backoff, dials)
+            await _connect_once(tub, furl, interface, serve, backoff, dials)
         except PeerError as error:
             failed(error)
         else:
@@ -120,6 +123,7 @@ async def keep_connected(
 async def _connect_once(
     tub: Tub,
     furl: Furl,
+    interface: RemoteInterface,
     serve: Callable[[Tub, RemoteReference], Awaitable[None]],
     backoff: Backoff,
     dials: trio.CapacityLimiter,
@@ -130,6 +134,8 @@ async def _connect_once(
         try:
             async with dials:
                 reference = await tub.get_reference(furl, timeout_s=DIAL_TIMEOUT_S)
+            if reference.interface_name != interface.name:
+                raise RemoteProtocolError("what answers there is something else")
             nursery.start_soon(_cancel_when_lost, reference, nursery.cancel_scope)
             await serve(tub, reference)
         except PeerError as error:

@@ -21,7 +21,9 @@ from grid.peers import broker as broker_module
 from grid.peers import introducer as introducer_module
 from grid.peers import pulse, reconnect
 from grid.peers.broker import StorageBroker
+from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.introducer import cache_path, read_cache, supersedes, write_cache
+from grid.wire.references import Referenceable
 from tests.grid.peers.loopback import IntroducerService, Listener, Storage, until
 
 SI = bytes(range(16))
@@ -347,3 +349,57 @@ def test_names_of_caches(tmp_path: Path) -> None:
     assert cache_path(tmp_path, "my grid") == tmp_path / "introducer_my grid_cache.yaml"
     assert cache_path(tmp_path, "../../x") is None
     assert cache_path(tmp_path, "x" * 300) is None
+
+
+class Impostor(Referenceable):
+    """Claims no interface, so no schema checks what it answers."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.asked = trio.Event()
+
+    async def remote_get_version(self) -> object:
+        self.asked.set()
+        return self.answer
+
+    async def remote_subscribe_v2(self, *_: object) -> object:
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [5, None, [b"version"]])
+async def test_who_answers_at_a_servers_name_without_being_one_costs_only_itself(
+    tmp_path: Path, answer: object
+) -> None:
+    async with loopback_grid(tmp_path, 2) as grid:
+        bad_server, bad_introducer = grid.servers[0], Listener(grid.nursery)
+        bad_server.listener.tub.register(Impostor(answer), "swissnum")
+        await bad_introducer.start()
+        furl = Furl.parse(bad_introducer.tub.register(Impostor(answer), "introducer"))
+        async with grid.broker(introducers={"default": grid.furl, "bad": furl}) as broker:
+            await broker.wait_for_servers(2, timeout_s=10)
+            await until(lambda: all(failure_of(each) for each in (*broker.get_known_servers(), *broker.introducers)))
+            assert broker.connected_count == 1
+
+
+def failure_of(peer: Any) -> str | None:
+    """Why it cannot be used; for one that can, that it can."""
+    usable = peer.connected_to_introducer() if hasattr(peer, "petname") else peer.connected
+    return "usable" if usable else peer.last_failure
+
+
+async def test_a_mistake_over_one_peer_costs_that_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(broker_module, "MISTAKE_PAUSE_S", 0.01)
+    async with loopback_grid(tmp_path, 2) as grid:
+        victim, run, mistakes = grid.servers[0].server_id, FoolscapStorageServer.run, iter(range(2))
+
+        async def faulty_run(server: FoolscapStorageServer, *args: Any) -> None:
+            if server.server_id == victim and next(mistakes, None) is not None:
+                raise AttributeError("a mistake")
+            await run(server, *args)
+
+        monkeypatch.setattr(FoolscapStorageServer, "run", faulty_run)
+        async with grid.broker() as broker:
+            assert await broker.wait_for_servers(2, timeout_s=10) == 2
+    assert [record.levelname for record in caplog.records if "failed" in record.message] == ["ERROR", "ERROR"]
