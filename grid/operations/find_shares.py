@@ -151,7 +151,7 @@ class ShareFinder:
         self._responsiveness.said_what_it_holds(server.server_id, trio.current_time() - began)
         known = {(share.server.server_id, share.number) for share in self.shares} | self.condemned.keys()
         for number in sorted(readers)[:SHARES_PER_SERVER_MAX]:
-            if number < self._file.n and (server.server_id, number) not in known:
+            if 0 <= number < self._file.n and (server.server_id, number) not in known:
                 self.shares.append(RemoteShare(self._file, server, number, readers[number]))
         for listener in self._listeners:
             listener.ring()

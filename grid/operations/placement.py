@@ -168,7 +168,7 @@ class ServerSelector:
             if isinstance(answer, PeerError):
                 self._discard(server_id)
             else:
-                self._holdings[server_id] = {number for number in answer if number < self._spec.n}
+                self._holdings[server_id] = {number for number in answer if 0 <= number < self._spec.n}
 
     async def _allocate(self, wanted: Mapping[str, set[int]]) -> None:
         async def allocate(server: IStorageServer) -> None:
@@ -177,7 +177,7 @@ class ServerSelector:
             have, writers = await server.allocate_buckets(spec.storage_index, lease, numbers, spec.share_size)
             # Kept at once, so that whatever happens to the others these are not forgotten.
             self._accepted.setdefault(server.server_id, {}).update(writers)
-            self._holdings.setdefault(server.server_id, set()).update(n for n in have if n < spec.n)
+            self._holdings.setdefault(server.server_id, set()).update(n for n in have if 0 <= n < spec.n)
             if numbers - have - writers.keys():
                 self._refused_for_space = True
                 self._make_readonly(server.server_id)

@@ -143,7 +143,7 @@ class RemoteShare:
         file.accept_ueb(await self._read_ueb(layout, fragments))
         (chain,) = await self._get([layout.share_hashes_range], fragments)
         file.share_tree.set_hashes(unpack_share_hashes(chain))
-        root = file.share_tree.get_leaf(self.number) if self.number < file.n else None
+        root = file.share_tree.get_leaf(self.number) if 0 <= self.number < file.n else None
         if root is None:
             raise FormatError("share hash chain lacks the share's own hash")
         self._block_tree = IncompleteHashTree(file.segmentation.num_segments, root)

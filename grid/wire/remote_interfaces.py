@@ -17,6 +17,7 @@ from grid.wire.schemas import (
     INT,
     NONE,
     OFFSET,
+    Between,
     Bytes,
     DictOf,
     ListOf,
@@ -29,6 +30,7 @@ from grid.wire.schemas import (
 )
 
 SHARES_MAX: Final = 256  # per storage index
+_HELD_SHARE: Final = Between(0, SHARES_MAX - 1)  # in answers; what is asked for is the server's to judge
 
 _BYTES = Bytes()
 _STORAGE_INDEX = Bytes(most=16)
@@ -64,14 +66,14 @@ RIBucketReader: Final = RemoteInterface(
 _TEST_VECTOR = ListOf(TupleOf((OFFSET, INT, _BYTES, _BYTES)))
 _DATA_VECTOR = ListOf(TupleOf((OFFSET, _BYTES)))
 _READ_VECTOR = ListOf(TupleOf((OFFSET, INT)))
-_READ_DATA = DictOf(INT, ListOf(_BYTES))
+_READ_DATA = DictOf(_HELD_SHARE, ListOf(_BYTES), SHARES_MAX)
 
 RIStorageServer: Final = RemoteInterface(
     "RIStorageServer.tahoe.allmydata.com",
     {
         "get_version": method(_VERSION),
         "allocate_buckets": method(
-            TupleOf((SetOf(INT, SHARES_MAX), DictOf(INT, Reference("RIBucketWriter"), SHARES_MAX))),
+            TupleOf((SetOf(_HELD_SHARE, SHARES_MAX), DictOf(_HELD_SHARE, Reference("RIBucketWriter"), SHARES_MAX))),
             storage_index=_STORAGE_INDEX,
             renew_secret=_SECRET,
             cancel_secret=_SECRET,
@@ -80,7 +82,7 @@ RIStorageServer: Final = RemoteInterface(
             canary=Reference(),
         ),
         "add_lease": method(ANY, storage_index=_STORAGE_INDEX, renew_secret=_SECRET, cancel_secret=_SECRET),
-        "get_buckets": method(DictOf(INT, Reference("RIBucketReader"), SHARES_MAX), storage_index=_STORAGE_INDEX),
+        "get_buckets": method(DictOf(_HELD_SHARE, Reference("RIBucketReader"), SHARES_MAX), storage_index=_STORAGE_INDEX),
         "slot_readv": method(_READ_DATA, storage_index=_STORAGE_INDEX, shares=ListOf(INT), readv=_READ_VECTOR),
         "slot_testv_and_readv_and_writev": method(
             TupleOf((BOOL, _READ_DATA)),

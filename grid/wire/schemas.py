@@ -57,6 +57,18 @@ class Integer:
 
 
 @frozen
+class Between:
+    """Integers from `least` to `most`."""
+
+    least: int
+    most: int
+
+    def check(self, value: Any, where: str) -> None:
+        if type(value) is not int or not self.least <= value <= self.most:
+            raise Violation(f"{where}: integer from {self.least} to {self.most} expected")
+
+
+@frozen
 class Exactly:
     """Values of one Python type: text, bool, float, None."""
 

@@ -420,3 +420,13 @@ async def test_cancelling_a_read_does_not_harm_the_next(autojump_clock: trio.tes
         with trio.move_on_after(patience):
             await download.get_segment(2)
     assert await read_all(download, cap) == DATA
+
+
+@pytest.mark.parametrize("number", [-1, -8, 10, 255, 1 << 64])
+async def test_a_server_with_shares_that_cannot_be_is_no_obstacle(number: int) -> None:
+    grid = MemoryGrid(4)
+    cap = await grid.upload(DATA, k=2, happy=4, n=4)
+    for server in grid.servers[:2]:
+        held = server.immutable[cap.storage_index]
+        held[number] = next(iter(held.values()))
+    assert await read_all(grid.download(cap), cap) == DATA

@@ -266,3 +266,15 @@ async def test_one_slow_server_lets_the_others_run_ahead_but_not_far(monkeypatch
 async def test_a_literal_needs_no_server() -> None:
     results = await MemoryGrid(0).uploader.upload(uploadable(b"x" * 55))
     assert results.uri.startswith("URI:LIT:")
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+async def test_shares_that_cannot_be_count_for_nothing(data: bytes) -> None:
+    grid = MemoryGrid(10)
+    cap = await upload.chk_cap_of(uploadable(data))
+    assert cap.storage_index is not None
+    for server in grid.servers:
+        server.immutable[cap.storage_index] = {number: bytearray(b"x") for number in (*range(-9, 0), 10)}
+    results = await grid.uploader.upload(uploadable(data))
+    assert set(results.sharemap) == set(range(10))
+    assert (results.pushed_shares, results.preexisting_shares) == (10, 0)

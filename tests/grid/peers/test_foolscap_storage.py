@@ -304,3 +304,16 @@ async def test_a_server_that_is_not_there() -> None:
 def test_announcements_that_lead_nowhere(fields: dict[str, str]) -> None:
     with pytest.raises(FormatError):
         FoolscapStorageServer(from_mapping("v0-x", {"service-name": "storage", **fields}), keepalive_s=240)
+
+
+@pytest.mark.parametrize("number", [-1, 256, 1 << 40])
+async def test_share_numbers_that_cannot_be_are_not_believed(number: int) -> None:
+    async with storage() as peer, client_of(peer) as server:
+        peer.service.shares[SI] = {number: b"x"}
+        peer.service.slots[SI] = {number: b"x"}
+        with pytest.raises(PeerError, match="0 to 255"):
+            await server.get_buckets(SI)
+        with pytest.raises(PeerError, match="0 to 255"):
+            await server.allocate_buckets(SI, LEASE, frozenset({1}), 100)
+        with pytest.raises(PeerError, match="0 to 255"):
+            await server.slot_readv(SI, [], [(0, 1)])
