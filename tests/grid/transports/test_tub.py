@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from grid.crypto import make_tub_identity
 from grid.errors import (
@@ -284,3 +285,30 @@ async def test_both_sides_see_each_others_certificate() -> None:
     assert streams["server"].peer_certificate_der == client.certificate_der
     assert streams["client"].peer_certificate_der == server.certificate_der
     await streams["server"].aclose()
+
+
+@DIALLER_IS_MASTER
+async def test_a_tub_that_drains_answers_what_it_was_asked(
+    start_tub: StartTub, dialler_is_master: bool, nursery: trio.Nursery
+) -> None:
+    dialler, acceptor, target, reference = await dial(start_tub, dialler_is_master)
+    waiting, large = reference.send("wait"), reference.send("zeros", 3_000_000)
+    assert await reference.call("echo", 1, timeout_s=FAR_S) == 1  # so all three have arrived
+    drained = trio.Event()
+
+    async def drain() -> None:
+        await acceptor.drain()
+        drained.set()
+
+    nursery.start_soon(drain)
+    assert len(await large.result(FAR_S)) == 3_000_000
+    late = reference.send("echo", 2)
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    assert not drained.is_set()
+    target.gate.set()
+    assert await waiting.result(FAR_S) == "waited"
+    await drained.wait()
+    with pytest.raises(ConnectionLostError):
+        await late.result(FAR_S)
+    with pytest.raises((ConnectionLostError, PeerTimeoutError)):
+        await dialler.get_reference(acceptor.register(target), timeout_s=FAR_S)
