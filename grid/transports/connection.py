@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PONG_TIMEOUT_S: Final = 120.0  # a peer that was silent must answer our PING within this
 HANDLERS_MAX: Final = 256  # calls of one peer we work on at a time; then we stop reading
+UNANSWERED_MAX: Final = 10_000  # calls of ours: who gave up waiting for them cannot make the peer forget them
 UNHEARD_BYTES_MAX: Final = 2048  # sent by a master before its slave has shown that it reads banana
 CALLS_IN_TURN_MAX: Final = 32  # answered without giving way to other tasks
 REPLY_BYTES_MAX: Final = 16 << 20  # replies queued for a peer that does not read; then we stop reading
@@ -171,6 +172,9 @@ class Connection:
         if self._lost.is_set():
             pending._fail(ConnectionLostError(self._lost_reason))
             return pending
+        if len(self._pending) >= UNANSWERED_MAX:
+            self.close("peer leaves too many calls unanswered")
+            return self.send_call(clid, interface_name, method, args, keywords)
         reqid = self._broker.send_call(clid, interface_name, method, args, keywords)
         self._pending[reqid] = pending
         self._to_write.unpark_all()

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from grid.errors import PeerError, RemoteFailure, RemoteProtocolError, Violation
 from grid.wire.banana import (
@@ -29,7 +29,7 @@ from grid.wire.banana import (
     error_token,
     ping_token,
 )
-from grid.wire.failures import failure_to_send
+from grid.wire.failures import failure_to_send, shown
 from grid.wire.reference_tables import BROKER_CLID, Names, ReferenceTables
 from grid.wire.references import Referenceable, Releases, RemoteHandle
 from grid.wire.remote_interfaces import INTERFACES, RIBroker
@@ -39,6 +39,7 @@ from grid.wire.unslicers import Arguments, Message, MessageReader, SpoiledMessag
 
 log = logging.getLogger(__name__)
 
+BUFFER_BYTES: Final = 64  # what a buffer costs beside its contents: a PONG has one byte of those
 RELEASES_BATCH: Final = 32  # clids released before we tell the peer without being asked to
 
 
@@ -49,14 +50,14 @@ class InboundCall:
     reqid: int
     target: Referenceable
     method: str
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]  # only for objects without an interface
+    arguments: tuple[Any, ...] = field(repr=False)  # secrets among them
+    keywords: Mapping[str, Any] = field(repr=False)  # only for objects without an interface
 
 
 @frozen
 class Answered:
     reqid: int
-    value: Any
+    value: Any = field(repr=False)
 
 
 @frozen
@@ -106,7 +107,7 @@ class Broker:
                 if kind == PING:
                     self._queue([ping_token(PONG, number)], is_reply=True)
                 elif kind == ERROR:
-                    raise _PeerReportedError(f"peer reported: {_printable(number)}")
+                    raise _PeerReportedError(f"peer reported: {shown(number)}")
                 elif kind != PONG and (message := reader.feed(token)) is not None:
                     self._dispatch(message, events)
         except _PeerReportedError:
@@ -261,7 +262,7 @@ class Broker:
         self._outgoing += buffers
         self.outgoing_bytes += size
         if is_reply:
-            self.reply_bytes += size
+            self.reply_bytes += size + BUFFER_BYTES * len(buffers)
 
     # --- references
 
@@ -282,7 +283,3 @@ class _PeerReportedError(RemoteProtocolError):
 def _result_schema(interface: RemoteInterface | None, method: str) -> Schema:
     declared = interface.methods.get(method) if interface is not None else None
     return declared.result if declared is not None else ANY
-
-
-def _printable(text: bytes) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace"))

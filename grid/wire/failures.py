@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from grid.errors import GridError, RemoteFailure, RemoteProtocolError, Violation
 
@@ -27,6 +27,7 @@ VALUE_BYTES_MAX: Final = 1000
 TYPE_BYTES_MAX: Final = 200
 TRACEBACK_BYTES_MAX: Final = 2000
 PARENTS_MAX: Final = 50  # ours
+REASON_CHARACTERS_MAX: Final = 200  # ours: of what else a peer says
 
 VIOLATION_TYPE: Final = "foolscap.tokens.Violation"
 _NO_TRACEBACK: Final = b"Traceback unavailable\n"
@@ -38,7 +39,7 @@ class Copyable:
     """A value passed by copy: its type name, and its attributes as they came."""
 
     type_name: bytes
-    attributes: dict[bytes, Any]
+    attributes: dict[bytes, Any] = field(repr=False)
 
 
 def failure_to_send(error: Exception) -> Copyable:
@@ -93,6 +94,9 @@ def failure_of(attributes: dict[bytes, Any]) -> RemoteFailure:
     parents = attributes[b"parents"]
     if not isinstance(parents, list) or not all(isinstance(p, bytes) and len(p) <= TYPE_BYTES_MAX for p in parents):
         raise Violation("error with parents that are no byte strings, or too long")
-    return RemoteFailure(
-        attributes[b"type"].decode("utf-8", "replace"), attributes[b"value"].decode("utf-8", "replace")
-    )
+    return RemoteFailure(shown(attributes[b"type"], TYPE_BYTES_MAX), shown(attributes[b"value"], VALUE_BYTES_MAX))
+
+
+def shown(text: bytes, characters_max: int = REASON_CHARACTERS_MAX) -> str:
+    """A peer's text, fit for a log: no line breaks, nothing a terminal would act on."""
+    return "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace"))[:characters_max]

@@ -23,6 +23,7 @@ from attrs import frozen
 from grid.errors import NegotiationError
 from grid.wire.banana import VOCABULARIES, error_token, vocabulary_hash
 from grid.wire.duplicates import ConnectionRecords, DuplicateConnectionError, LastConnection
+from grid.wire.failures import shown
 
 TEXT_BYTES_MAX: Final = 4096
 TUB_ID_CHARACTERS: Final = 32
@@ -30,7 +31,6 @@ BANANA_VERSION: Final = 3
 VOCABULARY_INDEX_MAX: Final = len(VOCABULARIES) - 1
 DUPLICATE: Final = "Duplicate connection"
 INTERNAL_ERROR: Final = "internal server error, see logs"
-REASON_CHARACTERS_MAX: Final = 200
 
 _END: Final = b"\r\n\r\n"
 _INCARNATION = re.compile(r"[0-9A-Za-z._-]{1,64}")
@@ -42,7 +42,7 @@ class PlaintextRefusalError(NegotiationError):
     """Send `response`, then close: the acceptor does not speak with this dialler."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(_shown(text.encode()))
+        super().__init__(shown(text.encode()))
         self.response = f"HTTP/1.1 500 Internal Server Error: {text}\r\n\r\n".encode()
 
 
@@ -100,7 +100,7 @@ def check_response(block: bytes) -> None:
     lines = block.split(b"\r\n")
     words = lines[0].split(b" ")
     if len(words) < 2 or words[1] != b"101":
-        raise NegotiationError(f"peer refused: {_shown(lines[0])}")
+        raise NegotiationError(f"peer refused: {shown(lines[0])}")
     if not any(line.strip().lower().startswith(b"upgrade: tls/1.0") for line in lines[1:]):
         raise NegotiationError("peer does not offer TLS")
 
@@ -201,7 +201,7 @@ class Negotiation:
 
     def _read_block(self, block: Block) -> None:
         if "error" in block:
-            reason = _shown(block["error"].encode())
+            reason = shown(block["error"].encode())
             raise (_RefusedAsDuplicateError if reason == DUPLICATE else _PeerReportedError)(f"peer refused: {reason}")
         if self.state is State.HELLO:
             self._read_hello(block)
@@ -274,7 +274,7 @@ class Negotiation:
         if index and index_hash != vocabulary_hash(index):
             raise _TellableError(
                 f"Our hash for vocab-table-index {index} ({vocabulary_hash(index)}) does not match your hash"
-                f" ({_shown(index_hash.encode())})"
+                f" ({shown(index_hash.encode())})"
             )
         if "current-connection" in block:
             self._records.remember_told(self._peer_tub_id, _last_connection(block["current-connection"]))
@@ -309,8 +309,3 @@ def _last_connection(text: str) -> LastConnection:
     if not _INCARNATION.fullmatch(incarnation):
         raise NegotiationError("malformed connection number")
     return incarnation, _numbers(number, 1)[0]
-
-
-def _shown(text: bytes) -> str:
-    """Foreign text, fit for a log."""
-    return "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace"))[:REASON_CHARACTERS_MAX]

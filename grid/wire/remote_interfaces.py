@@ -82,7 +82,10 @@ RIStorageServer: Final = RemoteInterface(
             canary=Reference(),
         ),
         "add_lease": method(ANY, storage_index=_STORAGE_INDEX, renew_secret=_SECRET, cancel_secret=_SECRET),
-        "get_buckets": method(DictOf(_HELD_SHARE, Reference("RIBucketReader"), SHARES_MAX), storage_index=_STORAGE_INDEX),
+        "get_buckets": method(
+            DictOf(_HELD_SHARE, Reference("RIBucketReader"), SHARES_MAX),
+            storage_index=_STORAGE_INDEX,
+        ),
         "slot_readv": method(_READ_DATA, storage_index=_STORAGE_INDEX, shares=ListOf(INT), readv=_READ_VECTOR),
         "slot_testv_and_readv_and_writev": method(
             TupleOf((BOOL, _READ_DATA)),

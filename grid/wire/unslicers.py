@@ -28,7 +28,8 @@ OPENTYPE_BYTES_MAX: Final = 15
 DEPTH_MAX: Final = 100  # ours
 MESSAGE_TOKENS_MAX: Final = 1 << 18  # ours: small tokens cost far more memory than bytes on the wire
 MESSAGE_BYTES_MAX: Final = 64 << 20  # ours: all string bodies of one message
-HASHED_ITEMS_MAX: Final = 8192  # ours: keys of one set or dict, as a peer may choose them to collide
+HASHED_ITEMS_MAX: Final = 8192  # ours: keys of one set or dict
+COLLIDING_ITEMS_MAX: Final = 512  # ours: of those, ones whose hashes a peer can choose; the work is their square
 MESSAGE_REFERENCES_MAX: Final = 1024  # ours
 DECIMAL_BYTES_MAX: Final = 100  # ours
 
@@ -48,8 +49,8 @@ class ReferenceTable(Protocol):
 
 @frozen
 class Arguments:
-    positional: list[Any]
-    keywords: dict[str, Any]
+    positional: list[Any] = field(repr=False)  # secrets among them
+    keywords: dict[str, Any] = field(repr=False)
 
 
 @frozen
@@ -57,7 +58,7 @@ class Message:
     """A top-level sequence that came whole. `items` follow the opentype; the first is the request id."""
 
     opentype: bytes
-    items: list[Any]
+    items: list[Any] = field(repr=False)
 
 
 @frozen
@@ -153,7 +154,8 @@ class MessageReader:
         self.opens_received += 1
 
     def _feed_opentype(self, top: _Open, kind: int, value: Any) -> None:
-        opentype = value if kind == STRING else b""
+        # A longer one is none we know, and is not kept: a hundred of them may be open at once.
+        opentype = value if kind == STRING and len(value) <= OPENTYPE_BYTES_MAX else b""
         top.opentype = opentype
         if self._violation is not None:
             return
@@ -368,7 +370,14 @@ def _hashable(items: list[Any]) -> list[Any]:
             hash(item)  # no more work than the tokens it came as: see _reference
     except TypeError:
         raise Violation("a key is not hashable") from None
+    if len(items) > COLLIDING_ITEMS_MAX and sum(map(_may_collide, items)) > COLLIDING_ITEMS_MAX:
+        raise Violation(f"more than {COLLIDING_ITEMS_MAX} keys that are not strings")
     return items
+
+
+def _may_collide(key: object) -> bool:
+    """Whether its hash is the same in every process: only those of strings are not."""
+    return type(key) not in (bytes, str) and not (type(key) is tuple and any(type(part) is bytes for part in key))
 
 
 _CONTAINERS: Final[dict[bytes, Callable[[], Any]]] = {b"dict": dict, b"set": set, b"tuple": _Unfinished}

@@ -10,6 +10,7 @@ import trio.testing
 
 from grid.crypto import make_tub_identity
 from grid.errors import ConnectionLostError
+from grid.transports import connection as connection_module
 from grid.transports.connection import PONG_TIMEOUT_S, REPLY_BYTES_MAX, Connection
 from grid.transports.tls import TLSStream, TubTLS
 from grid.wire.negotiation import Agreement
@@ -116,3 +117,17 @@ async def test_a_master_with_much_to_say_waits_until_its_slave_reads_banana(nurs
         received += len(await peer.receive_some())
     connection.close("test")
     await peer.aclose()
+
+
+async def test_a_peer_that_leaves_calls_unanswered_is_dropped(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is remembered of them would grow for as long as the connection lives."""
+    monkeypatch.setattr(connection_module, "UNANSWERED_MAX", 10)
+    connection, peer = await connect(nursery)
+    calls = [connection.get_reference_by_name("name") for _ in range(11)]
+    for call in calls:
+        with pytest.raises(ConnectionLostError, match="unanswered"):
+            await call.result(1)
+    await connection.wait_lost()
+    await trio.aclose_forcefully(peer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from typing import Any, ClassVar
 
 import pytest
@@ -308,6 +309,26 @@ def test_what_a_bug_says_is_not_sent() -> None:
     sent: Copyable = failure_to_send(ValueError("URI:DIR2:secret"))
     assert sent.attributes[b"value"] == b""
     assert sent.attributes[b"type"] == b"builtins.ValueError"
+
+
+def test_what_a_peer_says_goes_wrong_is_fit_for_a_log() -> None:
+    attributes = {b"type": b"a.B\r", b"value": b"no\n2026 ERROR \x1b[2J", b"traceback": b"", b"parents": []}
+    assert str(failure_of(attributes)) == "remote B?: no?2026 ERROR ?[2J"
+
+
+def test_arguments_are_not_shown() -> None:
+    caller, server, handle = pair(Writer())
+    caller.send_call(handle.clid, RIBucketWriter.name, "write", (0, b"a secret"))
+    (event,) = pass_on(caller, server)
+    assert isinstance(event, InboundCall) and event.arguments == (0, b"a secret")
+    assert "secret" not in repr(event)
+
+
+def test_pongs_that_are_not_taken_count_for_the_memory_they_cost() -> None:
+    core = broker()
+    core.receive_data(b"\x01\x8e" * 10_000)
+    reply_bytes, buffers = core.reply_bytes, core.data_to_send()
+    assert reply_bytes >= sum(map(sys.getsizeof, buffers))
 
 
 def test_interface_schemas_take_what_is_sent() -> None:

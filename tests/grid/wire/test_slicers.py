@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grid.errors import RemoteFailure, RemoteProtocolError, Violation
-from grid.wire.banana import VOCABULARIES, TokenReader
+from grid.wire.banana import OPEN, STRING, VOCABULARIES, TokenReader
 from grid.wire.failures import FAILURE_TYPE, Copyable
 from grid.wire.references import RemoteHandle
 from grid.wire.slicers import UNCOPIED_BYTES_MIN, MessageWriter
@@ -188,3 +189,33 @@ def test_references_to_references_cost_what_they_stand_for() -> None:
         last, opened = opened, opened + 3
     with pytest.raises(Violation, match="too large"):
         decode(encoded + b"\x00\x89", VOCABULARIES[1])
+
+
+def test_what_calls_itself_a_type_is_not_kept() -> None:
+    reader, name = MessageReader(NoTable()), bytes(1 << 20)
+    references = sys.getrefcount(name)
+    for depth in range(50):
+        reader.feed((OPEN, depth))
+        reader.feed((STRING, name))
+    assert sys.getrefcount(name) == references
+
+
+@pytest.mark.parametrize(
+    ("keys", "taken"),
+    [
+        ([number * ((1 << 61) - 1) for number in range(1000)], False),  # their hashes are all zero
+        ([(number, None) for number in range(1000)], False),
+        ([float(number) for number in range(1000)], False),
+        (list(range(256)), True),
+        ([b"%d" % number for number in range(1000)], True),
+        ([(b"%d" % number, b"", b"") for number in range(1000)], True),
+    ],
+)
+def test_few_keys_whose_hashes_a_peer_can_choose(keys: list[Any], taken: bool) -> None:
+    for value in (dict.fromkeys(keys), set(keys)):
+        encoded = encode(value, VOCABULARIES[1])
+        if taken:
+            assert decode(encoded, VOCABULARIES[1]) == value
+        else:
+            with pytest.raises(Violation, match="not strings"):
+                decode(encoded, VOCABULARIES[1])
