@@ -56,7 +56,7 @@ class DirEntry:
     """One child: its name (NFC), cap, and metadata (a JSON object; treat it as constant).
 
     `raw` is the entry as it stands in the directory it was read from, whose writekey is `writekey`; packing
-    that same directory again copies it. A changed entry has none: use `changed`.
+    that same mutable directory again copies it. A changed entry has none: use `changed`.
     """
 
     name: str = field(converter=normalize_name)
@@ -127,7 +127,7 @@ def unpack_directory(data: bytes | memoryview, *, mutable: bool, writekey: bytes
 def pack_directory(entries: Iterable[DirEntry], *, writekey: bytes | None, deep_immutable: bool = False) -> bytes:
     """A directory's plaintext. `writekey` is the directory's; None for an immutable one.
 
-    Entries that were read from this same directory are copied byte for byte. Raises FormatError for a child
+    Entries that were read from this same mutable directory are copied byte for byte. Raises FormatError for a child
     that cannot be stored here: its cap is in error, or not immutable where all must be.
     """
     if (writekey is None) != deep_immutable:
@@ -137,7 +137,7 @@ def pack_directory(entries: Iterable[DirEntry], *, writekey: bytes | None, deep_
     packed = []
     for name in sorted(by_name):
         entry = by_name[name]
-        if entry.raw is not None and entry.writekey == writekey:
+        if entry.raw is not None and entry.writekey == writekey and not deep_immutable:
             packed.append(entry.raw)
         else:
             packed.append(_pack_entry(name, entry, writekey, deep_immutable, slots))

@@ -22,6 +22,7 @@ from grid.formats.caps import (
     SDMFWriteCap,
     UnknownCap,
     child_cap,
+    parse_known_cap,
 )
 from grid.formats.directory import (
     DirEntry,
@@ -439,3 +440,13 @@ def test_caps_taken_unparsed_would_have_parsed(mutable: bool, data: st.DataObjec
         assert not entries
     else:
         assert entries["n"].cap == expected
+
+
+def test_entries_of_a_mutable_directory_are_packed_anew_for_an_immutable_one() -> None:
+    """Also those read with a read cap, when neither has a writekey."""
+    child = parse_known_cap("URI:LIT:mfrgg")
+    packed = pack_directory([DirEntry("n", child, {"a": 1})], writekey=WRITEKEY)
+    (entry,) = unpack_directory(packed, mutable=True, writekey=None).values()
+    immutable = pack_directory([entry], writekey=None, deep_immutable=True)
+    (again,) = unpack_directory(immutable, mutable=False, writekey=None).values()
+    assert (again.name, again.cap, again.metadata) == ("n", child, {"a": 1})
