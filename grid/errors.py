@@ -120,6 +120,13 @@ class NoSpaceError(PeerError):
     """A server refused a share for want of space."""
 
 
+def refused_for_space(error: Exception) -> bool:
+    """Whether a server said, in whichever way, that it has no room."""
+    if isinstance(error, RemoteFailure):
+        return "NoSpace" in error.type_name or "[Errno 28]" in error.message  # ENOSPC, as Python shows it
+    return isinstance(error, NoSpaceError)
+
+
 @define
 class NotEnoughSharesError(GridError):
     """Too few good shares answered, so the file cannot be read now. The mount answers EIO.

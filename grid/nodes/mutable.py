@@ -81,6 +81,7 @@ class MutableFileNode:
         self._map: ServerMap | None = None  # from our last publish or update
         self._holders: frozenset[str] = frozenset()  # server ids where shares were seen
         self._latest: MutableHeader | None = None  # highest version we read or wrote
+        self._raced_at: int | None = None  # seqnum at which writers were seen to have raced
 
     def __repr__(self) -> str:
         return f"<MutableFileNode {self._cap.kind}>"
@@ -176,7 +177,8 @@ class MutableFileNode:
         if not heads:
             failures = (*(bad.error for bad in servermap.bad.values()), *servermap.failures.values())
             raise NotEnoughSharesError(self._access.k, servermap.found, failures)
-        if servermap.needs_merge:
+        if servermap.needs_merge and heads[0].seqnum != self._raced_at:  # said once, not at every look
+            self._raced_at = heads[0].seqnum
             log.warning("a mutable file has several newest versions: two writers raced")
         rivals = [head for head in heads if head.seqnum == heads[0].seqnum and version_of(head) not in ours_failed]
         header = (rivals or heads)[0]

@@ -30,6 +30,7 @@ from grid.errors import (
 from grid.formats import base32, hashutil
 from grid.formats.caps import CHKReadCap, CHKVerifyCap
 from grid.interfaces import IStorageBroker, IStorageServer
+from grid.operations.corruption import reports_of
 from grid.operations.find_shares import ShareFinder
 from grid.operations.responsiveness import Bell, Responsiveness, responsiveness_of
 from grid.operations.share_reader import Block, FileState, RemoteShare
@@ -53,6 +54,7 @@ class ImmutableDownload:
     ) -> None:
         self.file = FileState(cap.storage_index, cap.ueb_hash, cap.k, cap.n, cap.size)
         self.responsiveness = responsiveness or responsiveness_of(broker)
+        self.reports = reports_of(broker)
         self.finder = ShareFinder(broker, self.file, self.responsiveness)
 
     async def get_segment_size(self) -> int:
@@ -197,15 +199,17 @@ class _Read:
         return [share.server for share in self.lanes] + [b.share.server for b in self.blocks.values() if b is not None]
 
     def _best_candidate(self, on_time: set[int] | None = None) -> RemoteShare | None:
-        """Of the shares not asked yet: from a server that answers, not used yet, fast; a primary share, if equal."""
+        """Of the shares not asked yet: from a server that answers, without bad blocks so far, from a server not used
+        yet, fast; a primary share, if equal.
+        """
         responsiveness, used = self.download.responsiveness, self._servers_used()
         taken = self.blocks.keys() | (on_time or set())
         file = self.download.file
 
-        def rank(share: RemoteShare) -> tuple[bool, int, int, bool]:
-            server_id = share.server.server_id
+        def rank(share: RemoteShare) -> tuple[bool, bool, int, int, bool]:
+            server_id, damaged = share.server.server_id, bool(share.bad_segments)
             speed = responsiveness.speed_class(server_id)
-            return responsiveness.is_late(server_id), used.count(share.server), speed, share.number >= file.k
+            return responsiveness.is_late(server_id), damaged, used.count(share.server), speed, share.number >= file.k
 
         candidates = [
             share
@@ -244,6 +248,8 @@ class _Read:
             self.bell.ring()
 
     def _note_corrupt(self, share: RemoteShare, error: CorruptShareError) -> None:
+        if not self.download.reports.is_news(self.download.file.storage_index, share.server.server_id, share.number):
+            return
         log.warning("%s (file %s)", error, short_si(base32.b2a(self.download.file.storage_index)))
         self.reports.append((share, error.reason))
 

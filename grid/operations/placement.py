@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import trio
 from attrs import define, field, frozen
 
-from grid.errors import ConnectionLostError, NotEnoughServersError, PeerError, PeerTimeoutError, RemoteFailure
+from grid.errors import ConnectionLostError, NotEnoughServersError, PeerError, PeerTimeoutError, refused_for_space
 from grid.interfaces import IBucketWriter, IStorageBroker, IStorageServer
 from grid.operations.happiness import happiness, invert, place_shares
 from grid.operations.leases import Secrets
@@ -187,7 +187,7 @@ class ServerSelector:
             if isinstance(answer, ConnectionLostError | PeerTimeoutError):
                 self._discard(server_id)
             elif isinstance(answer, PeerError):
-                self._refused_for_space |= isinstance(answer, RemoteFailure) and "NoSpace" in answer.type_name
+                self._refused_for_space |= refused_for_space(answer)
                 self._make_readonly(server_id)
 
     async def _ask_each(

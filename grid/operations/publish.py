@@ -24,11 +24,11 @@ from attrs import define, field, frozen
 from grid.crypto import aes_ctr
 from grid.erasure import Encoder, split_segment
 from grid.errors import (
-    NoSpaceError,
     NotEnoughServersError,
     PeerError,
     PeerTimeoutError,
     UncoordinatedWriteError,
+    refused_for_space,
 )
 from grid.formats import hashutil
 from grid.formats.hashtree import build_tree, needed_hashes
@@ -41,6 +41,7 @@ from grid.formats.mutable_share import (
 )
 from grid.formats.sdmf_share import pack_sdmf_share, sdmf_segment_size, sdmf_signed_prefix
 from grid.interfaces import IStorageBroker, IStorageServer, SlotWrite, TestVector
+from grid.operations.corruption import reports_of
 from grid.operations.keys import MutableKeys
 from grid.operations.leases import Secrets
 from grid.operations.responsiveness import responsiveness_of
@@ -174,7 +175,7 @@ class _Publisher:
 
     def result(self) -> ServerMap:
         """What is now known to be where: a map fit for the next publish."""
-        new = ServerMap(keys=self._keys)
+        new = ServerMap(keys=self._keys, reports=reports_of(self._broker))
         header = self._version.header
         for key, server in self._placed.items():
             share = self._version.shares[key[1]]
@@ -315,7 +316,7 @@ class _Publisher:
                 happy=k,
                 reached=reached,
                 connected=len(self._broker.get_permuted_servers(self._storage_index)),
-                refused_for_space=any(isinstance(error, NoSpaceError) for error in self._failures.values()),
+                refused_for_space=any(map(refused_for_space, self._failures.values())),
             )
         if reached < len(self._version.shares):
             log.warning("publish placed %d of %d shares", reached, len(self._version.shares))

@@ -159,7 +159,7 @@ class MutableVersion:
     async def _get_blocks(self, segment: int) -> tuple[bytes, dict[int, memoryview]]:
         blocks: dict[int, Block] = {}
         failures: list[Exception] = []
-        tried: set[int] = set()  # id() of shares
+        tried: set[FoundShare] = set()
         await self._race(segment, blocks, failures, tried)
         if len(blocks) < self.header.k and self._remap is not None:
             log.info("too few good shares of a mutable file: mapping it again")
@@ -192,7 +192,9 @@ class MutableVersion:
             ranked.append((rank, share))
         return deque(share for _, share in sorted(ranked, key=lambda item: item[0]))
 
-    async def _race(self, segment: int, blocks: dict[int, Block], failures: list[Exception], tried: set[int]) -> None:
+    async def _race(
+        self, segment: int, blocks: dict[int, Block], failures: list[Exception], tried: set[FoundShare]
+    ) -> None:
         """Add verified blocks to `blocks` until there are k, or no share is left that was not `tried`."""
         unasked = self._candidates(segment, blocks)
         bad: list[BadShare] = []
@@ -219,9 +221,9 @@ class MutableVersion:
         def start_one() -> None:
             while unasked:
                 share = unasked.popleft()
-                if share.number in blocks or id(share) in tried:
+                if share.number in blocks or share in tried:
                     continue
-                tried.add(id(share))
+                tried.add(share)
                 lane = _Lane(share, trio.current_time())
                 lanes.append(lane)
                 nursery.start_soon(run_lane, lane)
@@ -243,7 +245,7 @@ class MutableVersion:
                         self._slow.add(lane.share.server.server_id)
                         start_one()
             nursery.cancel_scope.cancel()
-        await report_corrupt(self._storage_index, bad)
+        await report_corrupt(self.servermap.reports, self._storage_index, bad)
 
     async def _read_block(self, lane: _Lane, segment: int) -> Block:
         """Salt and verified block. Raises CorruptShareError, PeerError."""

@@ -33,6 +33,7 @@ from grid.errors import CorruptShareError, FormatError, PeerError, PeerTimeoutEr
 from grid.formats import caps
 from grid.formats.mutable_share import MutableHeader
 from grid.interfaces import IStorageBroker, IStorageServer
+from grid.operations.corruption import CorruptionReports, reports_of
 from grid.operations.keys import MutableKeys
 from grid.operations.responsiveness import responsiveness_of
 from grid.operations.slot_share import FoundShare, ShareVerifier, open_share
@@ -93,6 +94,7 @@ class ServerMap:
     keys: MutableKeys | None = field(default=None, repr=False)  # where the mode and the cap call for them
     made_at: float = field(factory=trio.current_time)
     mode: MapMode | None = None  # None: made by a publish
+    reports: CorruptionReports = field(factory=CorruptionReports, repr=False)  # the grid's
 
     def versions(self) -> dict[VersionKey, list[FoundShare]]:
         found: dict[VersionKey, list[FoundShare]] = defaultdict(list)
@@ -197,13 +199,18 @@ async def update_servermap(
         len(servermap.bad),
         getattr(servermap.best(), "seqnum", None),
     )
-    await report_corrupt(request.storage_index, servermap.bad.values())
+    await report_corrupt(servermap.reports, request.storage_index, servermap.bad.values())
     return servermap
 
 
-async def report_corrupt(storage_index: bytes, shares: Iterable[BadShare]) -> None:
-    """Tell each server of its bad shares; takes REPORT_TIMEOUT_S at most."""
-    damaged = [share for share in shares if isinstance(share.error, CorruptShareError)]
+async def report_corrupt(reports: CorruptionReports, storage_index: bytes, shares: Iterable[BadShare]) -> None:
+    """Tell each server of its bad shares, if that is news; takes REPORT_TIMEOUT_S at most."""
+    damaged = [
+        share
+        for share in shares
+        if isinstance(share.error, CorruptShareError)
+        and reports.is_news(storage_index, share.server.server_id, share.number)
+    ]
     if not damaged:
         return
     with trio.move_on_after(REPORT_TIMEOUT_S):
@@ -219,7 +226,7 @@ class _Mapper:
     """One update: a coordinator (run) that starts queries, and decides after each answer or deadline."""
 
     def __init__(self, broker: IStorageBroker, request: MapRequest, mode: MapMode, verifier: ShareVerifier) -> None:
-        self.map = ServerMap(mode=mode)
+        self.map = ServerMap(mode=mode, reports=reports_of(broker))
         self._request = request
         self._mode = mode
         self._verifier = verifier

@@ -64,6 +64,7 @@ class StorageBroker:
         self._clock = clock
         self._servers: dict[str, StorageServer] = {}
         self._static_ids: frozenset[str] = frozenset()
+        self._full = False
         self._running: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._reconnector = Reconnector()
@@ -131,7 +132,9 @@ class StorageBroker:
             held.announcement = announcement  # the place is the same: stay connected
             return
         if held is None and len(self._servers) >= SERVERS_MAX:
-            log.warning("more than %d storage servers: one left out", SERVERS_MAX)
+            if not self._full:
+                log.warning("more than %d storage servers: the others are left out", SERVERS_MAX)
+            self._full = True
             return
         try:
             server = self._server_of(announcement)

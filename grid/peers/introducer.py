@@ -39,6 +39,7 @@ CALL_TIMEOUT_S: Final = 60.0
 CACHE_AFTER_S: Final = 2.0  # an introducer that has not answered by then may answer later
 CACHE_WRITE_DELAY_S: Final = 1.0  # announcements come in bursts
 ANNOUNCEMENTS_MAX: Final = 1000  # of one introducer: it must not choose how much memory we use
+COMPLAINTS_MAX: Final = 20  # logged as warnings
 CACHE_BYTES_MAX: Final = 16 << 20
 # libyaml's where there is one: a large grid's cache takes the pure Python ones a second
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -79,6 +80,7 @@ class IntroducerClient:
         self._subscribed_once = trio.Event()
         self._failed_once = trio.Event()
         self._cache_used = False
+        self._complaints = 0
         self.last_failure: str | None = None
 
     def subscribe_to(self, service_name: str) -> None:
@@ -161,13 +163,19 @@ class IntroducerClient:
             return
         held = self._heard.get(key)
         if held is None and len(self._heard) >= ANNOUNCEMENTS_MAX:
-            log.warning("introducer %r announces more than %d servers", self.petname, ANNOUNCEMENTS_MAX)
+            self.complain("it announces more than %d servers", ANNOUNCEMENTS_MAX)
             return
         if held is not None and not supersedes(announcement, held):
             return
         self._heard[key] = announcement
         self._to_save.set()
         self._announced(announcement)
+
+    def complain(self, complaint: str, *args: object) -> None:
+        """Anyone who knows the introducer can make it pass on nonsense, as often as they like: it is not all logged."""
+        self._complaints += 1
+        level = logging.WARNING if self._complaints <= COMPLAINTS_MAX else logging.DEBUG
+        log.log(level, f"introducer %r: {complaint}", self.petname, *args)
 
     # --- the cache --------------------------------------------------------------------------------------------------
 
@@ -222,7 +230,7 @@ class _Subscriber(Referenceable):
             try:
                 self._client.receive(triple)
             except FormatError as error:  # the others of the set still count
-                log.warning("introducer %r passed on a bad announcement: %s", self._client.petname, error)
+                self._client.complain("it passed on a bad announcement: %s", error)
         await trio.lowlevel.checkpoint()
 
 

@@ -308,3 +308,18 @@ async def test_cancelled_publish_is_not_trusted_afterwards(autojump_clock: trio.
         server.hang_on.clear()
     await node.modify(lambda old: old + b"c")
     assert await reader(broker).download_to_data() in (b"bc", b"ac")
+
+
+async def test_a_race_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    broker = MemoryBroker(10)
+    node = await grid.created(broker, b"one")
+    heads = [
+        encode_sdmf(text, grid.keys(), seqnum=2, salt=bytes(16), k=3, n=10).shares for text in (b"two", b"another")
+    ]
+    grid.place(broker, {number: heads[number % 2][number] for number in range(10)})
+    other = grid.new_node(broker)
+    for _ in range(3):
+        assert await other.download_to_data() in (b"two", b"another")
+    assert caplog.text.count("raced") == 1
+    await node.replace(b"three")
+    assert await other.download_to_data() == b"three"

@@ -430,3 +430,19 @@ async def test_a_server_with_shares_that_cannot_be_is_no_obstacle(number: int) -
         held = server.immutable[cap.storage_index]
         held[number] = next(iter(held.values()))
     assert await read_all(grid.download(cap), cap) == DATA
+
+
+async def test_a_share_with_bad_blocks_is_asked_last_and_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    grid = MemoryGrid(4)
+    cap = await grid.upload(DATA, k=2, happy=4, n=4, segment_size=500)
+    (server,) = grid.holders(cap.storage_index)[0]
+    layout = ShareLayout.parse(grid.shares(cap.storage_index)[0])
+    for offset in range(layout.data, layout.data + layout.data_size):
+        server.corrupt(cap.storage_index, 0, offset)
+    download = grid.download(cap)
+    assert await read_all(download, cap) == DATA
+    (share,) = (share for share in download.finder.shares if share.number == 0)
+    assert len(share.bad_segments) == 1  # of ten
+    assert len(server.advisories) == 1
+    assert await read_all(grid.download(cap), cap) == DATA  # as when the file is opened again
+    assert len(server.advisories) == 1 and caplog.text.count("corrupt share 0") == 1

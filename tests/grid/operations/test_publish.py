@@ -309,3 +309,23 @@ async def test_shorter_version_leaves_a_tail_that_nobody_reads() -> None:
     assert len(server.share(grid.storage_index(), 0)) > 4000
     best = (await make_map(broker, MapMode.READ)).best()
     assert best is not None and best.data_size == 5
+
+
+@pytest.mark.parametrize(
+    ("failure", "for_space"),
+    [
+        (RemoteFailure("allmydata.interfaces.NoSpace", ""), True),
+        (RemoteFailure("builtins.OSError", "[Errno 28] No space left on device"), True),
+        (RemoteFailure("builtins.OSError", "[Errno 5] Input/output error"), False),
+    ],
+)
+async def test_servers_that_refuse_for_space_are_told_from_broken_ones(
+    failure: RemoteFailure, for_space: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(MemoryServer, "slot_testv_and_readv_and_writev", refuse)
+    with pytest.raises(NotEnoughServersError) as caught:
+        await grid.created(MemoryBroker(10), b"x")
+    assert caught.value.refused_for_space is for_space

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grid.errors import CorruptShareError, ShareVersionError
 from grid.formats.hashutil import write_enabler
+from grid.operations.corruption import AGAIN_AFTER_S
 from grid.operations.keys import make_keys
 from grid.operations.publish import encode_sdmf
 from grid.operations.servermap import (
@@ -268,3 +269,18 @@ def test_whatever_a_server_holds_the_map_gets_made(data: bytes, start: bytes, nu
     assert best is not None and best.seqnum == 1 and servermap.keys is not None
     intact = len(noise) >= 700 and noise[:657] == good.get(number, b"")[:657]
     assert len(servermap.shares) == 10 - (number in good) + intact
+
+
+async def test_a_bad_share_that_stays_is_reported_once_a_day(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    broker = MemoryBroker(10)
+    grid.place(broker, version(b"contents", 1))
+    server = grid.permuted(broker)[2]
+    server.corrupt(grid.storage_index(), 2, 45)
+    for reports in (1, 2):
+        for _ in range(5):
+            await update(broker, MapMode.READ)
+        assert len(server.advisories) == reports
+        assert sum("corrupt share 2" in record.message for record in caplog.records) == reports
+        await trio.sleep(AGAIN_AFTER_S)
