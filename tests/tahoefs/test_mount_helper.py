@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from tahoefs.options import OptionError
 from tests.real.mounting import tahoefs
 from tests.tahoefs.mounts import needs_fuse
 
-HELPER = Path("/sbin/mount.tahoefs")
 BARE = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # what a program started at boot has: no HOME
 
 
@@ -100,27 +98,8 @@ def test_home_is_looked_up_where_the_environment_does_not_tell(monkeypatch: pyte
         assert default_node_dir() == with_home
 
 
-@pytest.fixture
-def installed() -> Iterator[None]:
-    """mount(8) looks in /sbin alone."""
-    if os.getuid() != 0:
-        pytest.skip("only root can install /sbin/mount.tahoefs")
-    program = Path(sys.executable).with_name("mount.tahoefs")
-    if not program.exists():
-        pytest.skip("mount.tahoefs is not installed beside this Python")
-    if HELPER.exists():
-        yield
-        return
-    HELPER.unlink(missing_ok=True)  # a link to nowhere
-    HELPER.symlink_to(program)
-    try:
-        yield
-    finally:
-        HELPER.unlink()
-
-
 @needs_fuse
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("helper_installed")
 def test_mount_by_hand_and_from_an_fstab_without_home(tmp_path: Path) -> None:
     where, grid = tmp_path / "folder", tmp_path / "grid"
     where.mkdir()

@@ -153,3 +153,125 @@ def test_what_the_units_rely_on() -> None:
     assert "mount -f" in mount
     where = re.search(r"Where=(.*)", (UNITS / "srv-grid.mount").read_text())
     assert where is not None and where[1].strip("/").replace("/", "-") == "srv-grid"
+
+
+SYSTEMD = Path("/lib/systemd/systemd")
+SESSION = r"""
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mkdir -p /run/systemd/system /run/user
+chmod 700 /run/user
+export XDG_RUNTIME_DIR=/run/user SYSTEMD_UNIT_PATH=$1 SYSTEMD_GENERATOR_PATH=/nonexistent DBUS_SESSION_BUS_ADDRESS=
+"$2" --user --log-target=console >"$1/../systemd.log" 2>&1 &
+systemd=$!
+until systemctl --user list-units >/dev/null 2>&1; do kill -0 $systemd; sleep 0.1; done
+"""
+
+
+def under_systemd(tmp_path: Path, script: str) -> str:
+    """What a shell script says that runs beside a systemd of its own: a user's instance, in a mount namespace."""
+    if os.getuid() != 0 or not SYSTEMD.exists() or shutil.which("unshare") is None:
+        pytest.skip("neither root, nor a systemd and unshare to start it with")
+    for target in ("default", "basic", "shutdown", "network-online"):
+        (tmp_path / "units" / f"{target}.target").write_text("[Unit]\n")
+    # with the shell, which is the first process of its own space, all others end
+    command = [
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "bash",
+        "-c",
+        SESSION + script,
+        "bash",
+        tmp_path / "units",
+        SYSTEMD,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    log = tmp_path / "systemd.log"
+    if "Failed to allocate manager object" in log.read_text() or "Failed to create" in log.read_text():
+        pytest.skip(f"no systemd can run here: {log.read_text().splitlines()[0]}")
+    assert done.returncode == 0, done.stderr + log.read_text()
+    return done.stdout
+
+
+@pytest.fixture
+def started_units(tmp_path: Path) -> Path:
+    """The units, with programs and settings where they are here, without what only the system's instance can do."""
+    program = Path(sys.executable).with_name("tahoefs")
+    if not program.exists():
+        pytest.skip("tahoefs is not installed beside this Python")
+    (tmp_path / "units").mkdir()
+    (tmp_path / "mnt").mkdir()
+    for unit in UNITS.iterdir():
+        text = unit.read_text().replace("/usr/local/bin/tahoefs", str(program))
+        text = text.replace("/etc/tahoefs", str(tmp_path)).replace("/var/lib/tahoefs", str(tmp_path))
+        text = re.sub(r"(?m)^(User|Protect\w*|Private\w*|ReadWritePaths|NoNewPrivileges|Restrict\w*)=.*\n", "", text)
+        (tmp_path / "units" / unit.name).write_text(text)
+    return tmp_path
+
+
+@needs_fuse
+def test_a_real_systemd_starts_and_stops_a_mount(started_units: Path) -> None:
+    """Started: the folder lists. Stopped: what was written a moment before is on the grid."""
+    where, grid = started_units / "mnt", started_units / "grid"
+    (started_units / "it.conf").write_text(f"WHAT=local:{grid}\nMOUNTPOINT={where}\nOPTIONS=poll=1\n")
+    said = under_systemd(
+        started_units,
+        f"""
+        systemctl --user start tahoefs@it
+        ls {where}
+        head -c 3000000 /dev/zero | tr '\\0' x >{where}/file
+        systemctl --user stop tahoefs@it
+        systemctl --user show tahoefs@it -p Result -p ActiveState
+        ls {where}
+        systemctl --user start tahoefs@it
+        wc -c <{where}/file
+        systemctl --user stop tahoefs@it
+        """,
+    )
+    assert said.split() == ["Result=success", "ActiveState=inactive", "3000000"]
+
+
+def test_a_real_systemd_starts_and_stops_a_node(started_units: Path) -> None:
+    node = started_units / "intro"
+    tahoefs("create-introducer", node, "--port", f"tcp:{free_port()}:interface=127.0.0.1")
+    said = under_systemd(
+        started_units,
+        """
+        systemctl --user start tahoefs-node@intro
+        systemctl --user show tahoefs-node@intro -p ActiveState -p SubState
+        systemctl --user stop tahoefs-node@intro
+        systemctl --user show tahoefs-node@intro -p Result -p ActiveState
+        """,
+    )
+    assert set(said.split()) == {"ActiveState=active", "SubState=running", "Result=success", "ActiveState=inactive"}
+
+
+@needs_fuse
+@pytest.mark.usefixtures("helper_installed")
+def test_a_real_systemd_mounts_by_a_mount_unit(started_units: Path) -> None:
+    where = started_units / "mnt"
+    name = subprocess.run(
+        ["systemd-escape", "--path", "--suffix=mount", where], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    text = (started_units / "units" / "srv-grid.mount").read_text()
+    text = re.sub("What=.*", f"What=local:{started_units}/grid", text).replace("Where=/srv/grid", f"Where={where}")
+    text = re.sub("Options=.*", "Options=_netdev,poll=1", text)
+    (started_units / "units" / name).write_text(text)
+    said = under_systemd(
+        started_units,
+        f"""
+        systemctl --user start '{name}'
+        echo written >{where}/file
+        {sys.executable} -m tahoefs.cli sync {where}
+        systemctl --user stop '{name}'
+        ls {where}
+        systemctl --user start '{name}'
+        cat {where}/file
+        systemctl --user stop '{name}'
+        """,
+    )
+    assert said.split() == ["written"]

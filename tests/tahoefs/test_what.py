@@ -55,3 +55,16 @@ def test_caps_are_not_shown(node: Path) -> None:
 def test_errors(node: Path, text: str) -> None:
     with pytest.raises(WhatError):
         resolve_what(text, node)
+
+
+def test_an_embedded_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its directory may be new to a mount; to all else it has a root by then."""
+    monkeypatch.chdir(tmp_path)
+    what = resolve_what("local:grid", tmp_path, may_be_new=True)
+    assert (what.local, what.cap, what.label) == (tmp_path / "grid", "", f"local:{tmp_path}/grid")
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "root.cap").write_text(f"{CAP}\n")
+    what = resolve_what(f"local:{tmp_path}/grid", tmp_path)
+    assert (what.cap, what.path) == (CAP, ()) and CAP not in repr(what)
+    with pytest.raises(WhatError, match="directory"):
+        resolve_what("local:", tmp_path, may_be_new=True)
