@@ -15,6 +15,7 @@ write anything into these. What is merely odd is dropped; only what makes an ann
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ NICKNAME_CHARS_MAX: Final = 64
 SEED_BYTES_MAX: Final = 256
 NURLS_MAX: Final = 8
 NURL_CHARS_MAX: Final = 1024
-CERTIFICATES_MAX: Final = 32  # each is a signature to verify, at every upload
+CERTIFICATES_MAX: Final = 32  # each is a signature to verify
 CERTIFICATE_CHARS_MAX: Final = 2048
 
 _KEY: Final = re.compile(r"v0-([a-z2-7]{52})")
@@ -119,28 +120,32 @@ def sign_announcement(ann: Mapping[str, Any], key: SigningKey) -> SignedAnnounce
     return message, f"v0-{b2a(key.sign(message))}".encode("ascii"), f"v0-{b2a(key.public_bytes)}".encode("ascii")
 
 
-def certificate_permits(
-    certificates: Collection[GridManagerCertificate], manager_keys: Collection[bytes], server_id: str, now: float
-) -> bool:
-    """May this server be uploaded to, at `now`? Yes if no manager is configured, or one of them vouches for it.
+def certified_until(
+    certificates: Collection[GridManagerCertificate], manager_keys: Collection[bytes], server_id: str
+) -> float:
+    """Until when (POSIX seconds) one of these managers vouches for this server; -inf if none does.
 
-    `manager_keys` are Ed25519 public keys of 32 bytes.
+    `manager_keys` are Ed25519 public keys of 32 bytes. Verifying takes a good part of a millisecond: keep the answer.
     """
-    return not manager_keys or any(
-        _vouches(certificate, server_id, now) and any(_signed_by(certificate, key) for key in manager_keys)
-        for certificate in certificates
+    return max(
+        (
+            _expiry(certificate, server_id)
+            for certificate in certificates
+            if any(_signed_by(certificate, key) for key in manager_keys)
+        ),
+        default=-math.inf,
     )
 
 
-def _vouches(certificate: GridManagerCertificate, server_id: str, now: float) -> bool:
+def _expiry(certificate: GridManagerCertificate, server_id: str) -> float:
     try:
         claims = _json_object(certificate.certificate.encode("utf-8"))
         expires = datetime.fromisoformat(str(claims.get("expires")))
         if expires.tzinfo is None:
             expires = expires.replace(tzinfo=UTC)
-        return claims.get("public_key") == f"pub-{server_id}" and expires.timestamp() > now
+        return expires.timestamp() if claims.get("public_key") == f"pub-{server_id}" else -math.inf
     except (FormatError, ValueError, OverflowError):
-        return False
+        return -math.inf
 
 
 def _signed_by(certificate: GridManagerCertificate, key: bytes) -> bool:
