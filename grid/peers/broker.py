@@ -14,13 +14,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import trio
+from cachetools import LRUCache
 
 from grid.errors import FormatError
-from grid.formats.announcement import SERVICE_STORAGE, Announcement, certificate_permits, from_mapping
+from grid.formats.announcement import SERVICE_STORAGE, Announcement, certified_until, from_mapping
 from grid.formats.furl import Furl
 from grid.formats.hashutil import permuted_key
 from grid.interfaces import IStorageServer
@@ -28,6 +30,7 @@ from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.gbs_storage import GBSStorageServer
 from grid.peers.introducer import IntroducerClient, cache_path
 from grid.peers.reconnect import Reconnector
+from grid.peers.suspend import watch_for_suspend
 from grid.wire.gbs import Nurl, usable_nurls
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ log = logging.getLogger(__name__)
 SERVERS_MAX: Final = 2000
 DIALS_AT_ONCE_MAX: Final = 64
 MISTAKE_PAUSE_S: Final = 60.0  # after a mistake of ours
+ORDERS_KEPT: Final = 256  # of all servers; directories are looked at again and again
 SETTLE_S: Final = 2.0  # so long nothing may change before "these are all there are" is believed
 _LOOK_AGAIN_S: Final = 0.5  # a slow dial settles by time alone
 
@@ -65,6 +69,8 @@ class StorageBroker:
         self._servers: dict[str, StorageServer] = {}
         self._static_ids: frozenset[str] = frozenset()
         self._full = False
+        self._orders: LRUCache[bytes, list[StorageServer]] = LRUCache(ORDERS_KEPT)  # by storage index
+        self._certified: dict[str, tuple[Announcement, float]] = {}  # until when, by server id
         self._running: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._reconnector = Reconnector()
@@ -101,7 +107,7 @@ class StorageBroker:
                 for introducer in self.introducers:
                     nursery.start_soon(self._run_peer, introducer)
                 task_status.started()
-                await trio.sleep_forever()  # a grid without any server is no reason to end
+                await watch_for_suspend(self.doubt_connections)
         finally:
             self._nursery = None
 
@@ -122,6 +128,13 @@ class StorageBroker:
                 self._wake()
             await trio.sleep(MISTAKE_PAUSE_S)
 
+    def doubt_connections(self) -> None:
+        """The network may be another than it was. Who does not answer soon is dialled anew, who was away at once."""
+        log.info("back after a suspend: looking which of %d connections are alive", self.connected_count)
+        for peer in (*self._servers.values(), *self.introducers):
+            peer.doubt()
+        self._reconnector.reset_all()
+
     def add_announcement(self, announcement: Announcement) -> None:
         """Take over a server that was announced, again or for the first time. Static servers stay as they are."""
         server_id = announcement.server_id
@@ -130,6 +143,7 @@ class StorageBroker:
         held = self._servers.get(server_id)
         if held is not None and self._place(held.announcement) == self._place(announcement):
             held.announcement = announcement  # the place is the same: stay connected
+            self._orders.clear()
             return
         if held is None and len(self._servers) >= SERVERS_MAX:
             if not self._full:
@@ -144,6 +158,7 @@ class StorageBroker:
         if scope := self._running.pop(server_id, None):
             scope.cancel()  # it moved
         self._servers[server_id] = server
+        self._orders.clear()
         if self._nursery is not None:
             self._nursery.start_soon(self._run_server, server)
         self._wake()
@@ -164,16 +179,16 @@ class StorageBroker:
     # --- IStorageBroker ---------------------------------------------------------------------------------------------
 
     def get_permuted_servers(self, storage_index: bytes) -> list[IStorageServer]:
-        def rank(server: StorageServer) -> tuple[bool, bool, bytes]:
-            return (
-                not server.responsive,
-                server.server_id not in self._preferred,
-                permuted_key(storage_index, server.permutation_seed),
-            )
-
-        connected = [server for server in self._servers.values() if server.connected]
-        connected.sort(key=rank)
+        order = self._orders.get(storage_index)
+        if order is None:
+            order = self._orders[storage_index] = sorted(self._servers.values(), key=partial(self._rank, storage_index))
+        connected = [server for server in order if server.connected]
+        # who does not answer comes last
+        connected.sort(key=_is_unresponsive)
         return [*connected]
+
+    def _rank(self, storage_index: bytes, server: StorageServer) -> tuple[bool, bytes]:
+        return server.server_id not in self._preferred, permuted_key(storage_index, server.permutation_seed)
 
     def get_known_servers(self) -> list[IStorageServer]:
         return list(self._servers.values())
@@ -183,9 +198,17 @@ class StorageBroker:
         return sum(server.connected for server in self._servers.values())
 
     def permits_upload(self, server: IStorageServer) -> bool:
+        if not self._grid_manager_keys:
+            return True
         held = self._servers.get(server.server_id)
-        certificates = held.announcement.grid_manager_certificates if held else ()
-        return certificate_permits(certificates, self._grid_manager_keys, server.server_id, self._clock())
+        if held is None:
+            return False
+        announcement, until = self._certified.get(held.server_id, (None, 0.0))
+        if announcement is not held.announcement:  # verifying takes longer than all else a placement does
+            certificates = held.announcement.grid_manager_certificates
+            until = certified_until(certificates, self._grid_manager_keys, held.server_id)
+            self._certified[held.server_id] = held.announcement, until
+        return until > self._clock()
 
     async def wait_for_servers(self, count: int, timeout_s: float) -> int:
         """Also returns, with fewer, once all introducers and servers known have answered or failed, for SETTLE_S."""
@@ -208,3 +231,7 @@ class StorageBroker:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+
+def _is_unresponsive(server: StorageServer) -> bool:
+    return not server.responsive

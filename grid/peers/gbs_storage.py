@@ -84,6 +84,11 @@ class GBSStorageServer(AnnouncedServer):
         """Average time it took over small requests of late; None when nothing is known."""
         return self._connection.pulse.latency_s if self._connection else None
 
+    def doubt(self) -> None:
+        """The connection may be dead without any sign of it: find out soon."""
+        if self._connection is not None:
+            self._connection.pulse.doubt()
+
     # --- being connected --------------------------------------------------------------------------------------------
 
     async def run(self, reconnector: Reconnector, dials: trio.CapacityLimiter) -> None:

@@ -79,6 +79,7 @@ class IntroducerClient:
         self._to_save = trio.Event()
         self._subscribed_once = trio.Event()
         self._failed_once = trio.Event()
+        self._doubted = trio.Event()
         self._cache_used = False
         self._complaints = 0
         self.last_failure: str | None = None
@@ -89,6 +90,10 @@ class IntroducerClient:
 
     def connected_to_introducer(self) -> bool:
         return self._connected
+
+    def doubt(self) -> None:
+        """The connection may be dead without any sign of it: make a new one, which costs little."""
+        self._doubted.set()
 
     @property
     def settled(self) -> bool:
@@ -110,7 +115,8 @@ class IntroducerClient:
                 log.info("subscribed to introducer %r", self.petname)
                 self._subscribed_once.set()
                 self._changed()
-                await trio.sleep_forever()
+                self._doubted = trio.Event()
+                await self._doubted.wait()
             finally:
                 self._connected = False
 

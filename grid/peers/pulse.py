@@ -18,6 +18,7 @@ from grid.errors import PeerError, PeerTimeoutError, RemoteFailure, Violation
 SUSPECT_AFTER_S: Final = 2.0
 SLOW_BYTES_PER_S: Final = 64 << 10  # what is on its way may take this long: a slow line is not a dead server
 DEAD_AFTER_S: Final = 60.0
+DOUBT_TIMEOUT_S: Final = 5.0
 REFRESH_S: Final = 600.0  # an idle server is asked now and then, also for its free space
 _LATENCY_WEIGHT: Final = 0.2
 
@@ -31,6 +32,8 @@ class Pulse:
         self._unanswered = 0
         self._bytes_moving = 0  # to or from the server, in calls that were not answered yet
         self._asked = trio.Event()
+        self._doubted = False
+        self._round = trio.CancelScope()  # of watch(), which starts over when it is cancelled
 
     @property
     def responsive(self) -> bool:
@@ -88,22 +91,40 @@ class Pulse:
     async def watch(self, probe: Callable[[], Awaitable[None]]) -> None:
         """Run `probe` (a call that goes through `call()`) when in doubt, and every REFRESH_S when idle.
 
-        Raises PeerTimeoutError when the server has been silent for DEAD_AFTER_S.
+        Raises PeerTimeoutError when the server has been silent for DEAD_AFTER_S, or for DOUBT_TIMEOUT_S after doubt().
         """
         while True:
-            if self._silent_since is None:
-                self._asked = trio.Event()
-                with trio.move_on_after(REFRESH_S) as idle:
-                    await self._asked.wait()
-                if idle.cancelled_caught:
-                    await self._probe(probe)
-                continue
-            await trio.sleep_until(self._silent_since + self._patience_s)
-            if not self.responsive:
+            if self._doubted:
+                self._doubted = False
+                await self._prove_alive(probe)
+            with trio.CancelScope() as self._round:
+                await self._watch_once(probe)
+
+    def doubt(self) -> None:
+        """The connection may be dead without any sign of it, as after the machine was suspended: ask at once."""
+        self._doubted = True
+        self._round.cancel()
+
+    async def _prove_alive(self, probe: Callable[[], Awaitable[None]]) -> None:
+        with trio.move_on_after(DOUBT_TIMEOUT_S) as scope:
+            await self._probe(probe)
+        if scope.cancelled_caught:
+            raise PeerTimeoutError(f"no answer in {DOUBT_TIMEOUT_S:.0f} s, when it was doubted that it is there")
+
+    async def _watch_once(self, probe: Callable[[], Awaitable[None]]) -> None:
+        if self._silent_since is None:
+            self._asked = trio.Event()
+            with trio.move_on_after(REFRESH_S) as idle:
+                await self._asked.wait()
+            if idle.cancelled_caught:
                 await self._probe(probe)
-            dead_after_s = DEAD_AFTER_S + self._moving_s
-            if self._silent_since is not None and trio.current_time() > self._silent_since + dead_after_s:
-                raise PeerTimeoutError(f"no answer to anything in {dead_after_s:.0f} s")
+            return
+        await trio.sleep_until(self._silent_since + self._patience_s)
+        if not self.responsive:
+            await self._probe(probe)
+        dead_after_s = DEAD_AFTER_S + self._moving_s
+        if self._silent_since is not None and trio.current_time() > self._silent_since + dead_after_s:
+            raise PeerTimeoutError(f"no answer to anything in {dead_after_s:.0f} s")
 
     async def _probe(self, probe: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -49,6 +49,10 @@ class Reconnector:
     def jittered(self, delay_s: float) -> float:
         return max(INITIAL_DELAY_S / 2, self._rng.normalvariate(delay_s, delay_s * JITTER))
 
+    def reset_all(self) -> None:
+        for backoff in self._members:
+            backoff.reset()
+
     def reset_others(self, newly_connected: Backoff) -> None:
         for backoff in self._members:
             if backoff is not newly_connected:

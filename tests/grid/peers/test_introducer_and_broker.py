@@ -24,7 +24,7 @@ from grid.peers.broker import StorageBroker
 from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.introducer import cache_path, read_cache, supersedes, write_cache
 from grid.wire.references import Referenceable
-from tests.grid.peers.loopback import IntroducerService, Listener, Storage, until
+from tests.grid.peers.loopback import IntroducerService, Listener, Relay, Storage, until
 
 SI = bytes(range(16))
 
@@ -403,3 +403,73 @@ async def test_a_mistake_over_one_peer_costs_that_peer(
         async with grid.broker() as broker:
             assert await broker.wait_for_servers(2, timeout_s=10) == 2
     assert [record.levelname for record in caplog.records if "failed" in record.message] == ["ERROR", "ERROR"]
+
+
+async def test_after_a_suspend_dead_connections_are_made_anew_and_live_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "DOUBT_TIMEOUT_S", 0.5)
+    async with loopback_grid(tmp_path, 1) as grid:
+        relays = [Relay(grid.nursery, port) for port in (grid.servers[0].listener.port, grid.listener.port)]
+        for relay in relays:
+            await relay.start()
+        alive = Storage(grid.nursery, "alive")
+        await alive.start()
+        static = {
+            "far": {
+                "anonymous-storage-FURL": grid.servers[0].furl.replace(f":{relays[0]._target}/", f":{relays[0].port}/")
+            },
+            "near": {"anonymous-storage-FURL": alive.furl},
+        }
+        furl = Furl.parse(str(grid.furl).replace(f":{relays[1]._target}/", f":{relays[1].port}/"))
+        async with grid.broker(static_servers=static, introducers={"default": furl}, cache_directory=None) as broker:
+            await broker.wait_for_servers(3, timeout_s=10)  # one of them over both ways
+            far, near = (server for server in broker.get_known_servers() if server.server_id in static)
+            for relay in relays:
+                relay.freeze()
+            accepted, subscribed = alive.listener.accepted, len(grid.introducer.subscribers)
+            broker.doubt_connections()
+            await until(lambda: not far.connected)
+            await until(lambda: far.connected and len(grid.introducer.subscribers) > subscribed)
+            assert near.connected and alive.listener.accepted == accepted
+            with trio.fail_after(5):
+                assert await far.get_buckets(SI) == {}
+
+
+async def test_certificates_are_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[str] = []
+
+    def until_then(certificates: object, keys: object, server_id: str) -> float:
+        verified.append(server_id)
+        return 100.0
+
+    now = 50.0
+    monkeypatch.setattr(broker_module, "certified_until", until_then)
+    fields = {"anonymous-storage-FURL": f"pb://{'a' * 32}@tcp:127.0.0.1:1/x"}
+    broker = StorageBroker(
+        introducers={}, static_servers={}, keepalive_s=240, grid_manager_keys=(bytes(32),), clock=lambda: now
+    )
+    broker.add_announcement(from_mapping("v0-a", fields))
+    (server,) = broker.get_known_servers()
+    assert all(broker.permits_upload(server) for _ in range(3)) and verified == ["v0-a"]
+    now = 101.0
+    assert not broker.permits_upload(server) and verified == ["v0-a"]
+    broker.add_announcement(from_mapping("v0-a", {**fields, "grid-manager-certificates": []}))  # a new one may say more
+    assert not broker.permits_upload(server) and verified == ["v0-a", "v0-a"]
+
+
+async def test_the_order_follows_what_is_announced(tmp_path: Path) -> None:
+    async with loopback_grid(tmp_path, 2) as grid, grid.broker() as broker:
+
+        def expected() -> list[Any]:
+            return sorted(broker.get_known_servers(), key=lambda s: permuted_key(SI, s.permutation_seed))
+
+        await broker.wait_for_servers(2, timeout_s=10)
+        assert broker.get_permuted_servers(SI) == expected()
+        await grid.add_server("late")
+        await broker.wait_for_servers(3, timeout_s=10)
+        assert broker.get_permuted_servers(SI) == expected()
+        for seed in ("aa", "77", "ma"):
+            last = grid.servers[-1].signed(seqnum=ord(seed[0]), **{"permutation-seed-base32": seed * 16})
+            await grid.introducer.announce(last)
+        assert broker.get_permuted_servers(SI) == expected()
