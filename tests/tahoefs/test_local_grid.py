@@ -22,6 +22,7 @@ from tahoefs.local_grid import (
     attached,
     client_directory,
     introducer_furl,
+    locked,
     prepare,
     server_directories,
 )
@@ -41,7 +42,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def child_of(directory: Path) -> int:
-    return int((directory / local_grid.RUNNING).read_text())
+    return int((directory / local_grid.RUNNING).read_text() or 0)  # 0: just being written
+
+
+def steals(thief: socket.socket, port: int) -> bool:
+    """A process that was killed takes a moment to let go of its ports."""
+    try:
+        thief.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 def is_running(pid: int) -> bool:
@@ -120,13 +130,13 @@ async def test_a_crash_is_noticed_and_a_taken_port_is_given_up(
     introducer = ServerDirectory.open(directory / "introducer")
     async with attached(directory):
         child = child_of(directory)
-        os.kill(child, signal.SIGKILL)
-        await until(lambda: not is_running(child))
         with socket.socket() as thief:
             thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            thief.bind(("127.0.0.1", introducer.endpoints[0].port))
-            thief.listen()
-            await until(lambda: (directory / local_grid.SOCKET).exists() and child_of(directory) != child)
+            async with locked(directory / local_grid.LOCK, 60):  # until then nobody may start another one
+                os.kill(child, signal.SIGKILL)
+                await until(lambda: steals(thief, introducer.endpoints[0].port))
+                thief.listen()
+            await until(lambda: child_of(directory) not in (0, child), 60)
             async with attached(directory):
                 assert await servers_found(directory) == local_grid.SERVERS
     assert ServerDirectory.open(directory / "introducer").endpoints != introducer.endpoints
