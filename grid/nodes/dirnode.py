@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARSE_COST: Final = 8  # a byte of directory takes about as long to parse as so many bytes to hash
+SEAL_COST: Final = 8000  # so does a new entry
 
 Change = Callable[[DirEntry | None], DirEntry | None]
 
@@ -124,12 +125,14 @@ class DirectoryNode:
 
         async def make(version: MutableVersion, must: bool) -> bytes | None:
             nonlocal made
-            old = await self._contents_of(version)
-            made = self._apply(old.entries, wanted, writekey)
-            if not must and made is old.entries:
+            old = (await self._contents_of(version)).entries
+            changed = self._apply(old, wanted)
+            if not must and not changed:
+                made = dict(old)
                 return None
-            size = sum(len(entry.raw or b"") for entry in made.values())
-            return await run_cpu_work(lambda: pack_directory(made.values(), writekey=writekey), size)
+            made = {name: entry for name, entry in {**old, **changed}.items() if entry is not None}
+            size = sum(len(entry.raw or b"") for entry in made.values()) + len(changed) * SEAL_COST
+            return await run_cpu_work(lambda: _pack_sealed(made, changed, writekey), size)
 
         version = await self._file.update(make)
         self._contents = DirectoryContents(version.version, made)
@@ -155,24 +158,16 @@ class DirectoryNode:
         self._contents = DirectoryContents(version.version, entries)
         return self._contents
 
-    def _apply(
-        self, old: Mapping[str, DirEntry], changes: Mapping[str, Change], writekey: bytes
-    ) -> dict[str, DirEntry]:
-        """The new entries; `old` itself when nothing changes."""
+    def _apply(self, old: Mapping[str, DirEntry], changes: Mapping[str, Change]) -> dict[str, DirEntry | None]:
+        """What becomes of the names that do not stay as they are: the new entry, or None to remove it."""
         now = self._clock()
-        entries = dict(old)
-        touched = False
+        changed: dict[str, DirEntry | None] = {}
         for name, change in changes.items():
             before = old.get(name)
             after = change(before)
-            if after is before:
-                continue
-            touched = True
-            if after is None:
-                del entries[name]
-            else:
-                entries[name] = _sealed(name, after, before, writekey, now)
-        return entries if touched else old  # type: ignore[return-value]  # it is a dict, only shared
+            if after is not before:
+                changed[name] = after and _timed(name, after, before, now)
+        return changed
 
     # --- looking
 
@@ -303,9 +298,15 @@ def _link(name: str, cap: Cap, metadata: dict[str, Any] | None) -> Change:
     return change
 
 
-def _sealed(name: str, entry: DirEntry, before: DirEntry | None, writekey: bytes, now: float) -> DirEntry:
-    """The entry as it will be read back: link times set, and with its own bytes."""
+def _timed(name: str, entry: DirEntry, before: DirEntry | None, now: float) -> DirEntry:
+    """The entry as it will be read back."""
     cap = entry.cap.readonly if entry.metadata.get("no-write") else entry.cap
-    metadata = update_metadata(before.metadata if before is not None else None, entry.metadata, now)
-    sealed = DirEntry(name, cap, metadata)
-    return evolve(sealed, raw=pack_directory([sealed], writekey=writekey), writekey=writekey)
+    return DirEntry(name, cap, update_metadata(before.metadata if before is not None else None, entry.metadata, now))
+
+
+def _pack_sealed(entries: dict[str, DirEntry], changed: Iterable[str], writekey: bytes) -> bytes:
+    """The directory's plaintext. What is `changed` gets its own bytes, as if it had been read from there."""
+    for name in changed:
+        if (entry := entries.get(name)) is not None:
+            entries[name] = evolve(entry, raw=pack_directory([entry], writekey=writekey), writekey=writekey)
+    return pack_directory(entries.values(), writekey=writekey)

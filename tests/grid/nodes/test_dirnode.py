@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import random
+import threading
 import weakref
 from functools import cache
 from typing import Any
@@ -32,8 +33,9 @@ from grid.formats.caps import (
     UnknownCap,
     child_cap,
 )
-from grid.formats.directory import DirEntry, encrypt_rwcap
+from grid.formats.directory import DirEntry, encrypt_rwcap, pack_directory
 from grid.formats.netstring import netstring
+from grid.nodes import dirnode as dirnode_module
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.immutable import ImmutableFileNode, LiteralFileNode
 from grid.nodes.mutable import MutableFileNode
@@ -431,3 +433,19 @@ def test_repr_shows_no_cap() -> None:
     nodes = maker(MemoryBroker(1))
     for cap in (FILE, DirectoryCap(FILE), UnknownCap("lafs://x", None)):
         assert repr(nodes.create_from_cap(cap)).count(":") == 0
+
+
+async def test_many_new_entries_are_made_in_a_worker_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes tens of microseconds: thousands of them would hold up everything else."""
+    node = await maker(MemoryBroker(10)).create_dirnode()
+    threads: set[threading.Thread] = set()
+
+    def watched(*args: Any, **options: Any) -> bytes:
+        threads.add(threading.current_thread())
+        return pack_directory(*args, **options)
+
+    monkeypatch.setattr(dirnode_module, "pack_directory", watched)
+    await node.modify({f"{number}": lambda _, n=number: DirEntry(f"{n}", LIT, {}) for number in range(50)})  # type: ignore[misc]
+    assert threads and threading.main_thread() not in threads
+    contents = await node.modify({"none": lambda old: old})
+    assert len(contents.entries) == 50 and all(entry.raw for entry in contents.entries.values())
