@@ -5,6 +5,7 @@
     small up    500 files of 4 KiB: `cp -r` into the mount and `tahoefs sync`    ./. `tahoe cp -r`
     small down  the same, cold                                                   ./. `tahoe cp -r`
     memory      the daemon's peak RSS after 1 GiB in and out of the mount        (limit: 250 MiB)
+    servers     our storage server ./. the real one, see tests/bench/servers.py
 
 Each figure is a ratio, the real client's time by ours, so that above 1 the mount is faster; seconds are shown beside
 it for orientation and mean nothing on another machine. Every pair runs in turn, ours and theirs, `--runs` times;
@@ -31,7 +32,8 @@ from pathlib import Path
 
 from tahoefs.control_client import ask
 from tahoefs.registry import find_socket
-from tests.real.tahoe_grid import TahoeGrid
+from tests.bench import servers
+from tests.real.tahoe_grid import TahoeGrid, tahoe_environment
 
 LARGE_BYTES = 256 << 20
 SMALL_FILES, SMALL_BYTES = 500, 4096
@@ -205,14 +207,20 @@ def peak_rss_bytes(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=["large", "small", "memory"])
+    parser.add_argument("--only", nargs="*", default=["large", "small", "memory", "servers"])
     parser.add_argument("--foolscap", action="store_true", help="our side speaks Foolscap (theirs: HTTP, its default)")
     arguments = parser.parse_args()
+    only = set(arguments.only)
+    if "servers" in only:
+        with tempfile.TemporaryDirectory(prefix="tahoefs-bench-") as scratch:
+            servers.run(Path(scratch), arguments.runs, tahoe_environment() / "bin" / "tahoe")
+    if not only - {"servers"}:
+        return
     with tempfile.TemporaryDirectory(prefix="tahoefs-bench-") as scratch:
         grid = TahoeGrid(Path(scratch) / "grid")
         try:
             grid.start()
-            run(Bench(grid, Path(scratch), foolscap=arguments.foolscap), arguments.runs, set(arguments.only))
+            run(Bench(grid, Path(scratch), foolscap=arguments.foolscap), arguments.runs, only)
         finally:
             grid.stop()
 
