@@ -138,13 +138,15 @@ class GBSStorage:
             raise _Refusal(400, body=b"The body is shorter than its range.\n")
         end = offset + length
         while offset < end:
-            piece = await request.receive_piece()
-            if not piece:
+            pieces = await request.receive_pieces()
+            if not pieces:
                 raise _Refusal(400, body=b"The body is shorter than its range.\n")
-            if len(piece) > end - offset:  # a longer body is cut to its range
-                piece = memoryview(piece)[: end - offset]
-            await upload.write(offset, piece)
-            offset += len(piece)
+            size = sum(map(len, pieces))
+            if size > end - offset:  # a longer body is cut to its range
+                pieces = (memoryview(b"".join(pieces))[: end - offset],)
+                size = end - offset
+            await upload.write(offset, *pieces)
+            offset += size
         return _cbor(request, gbs_bodies.write_answer(upload.required), 201 if await _close(upload) else 200)
 
     def _upload(self, route: Route, secrets: Secrets) -> Upload:

@@ -14,7 +14,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -72,9 +72,11 @@ class Upload:
         """(begin, end) of what was not written yet, in order."""
         return self.spans.missing(self.size)
 
-    async def write(self, offset: int, data: Buffer) -> None:
-        """Raises ConflictingWriteError, DataTooLargeError, NoSpaceError, UploadFinishedError, BadRequestError; nothing
-        was written then. `data` must not change until this returns.
+    async def write(self, offset: int, *data: Buffer) -> None:
+        """Put `data`, one piece after the other, at `offset`. None of it may change until this returns.
+
+        Raises ConflictingWriteError, DataTooLargeError, NoSpaceError, UploadFinishedError, BadRequestError; nothing
+        was written then.
         """
         if offset < 0:
             raise BadRequestError("negative offset")
@@ -82,7 +84,7 @@ class Upload:
         try:
             self.check_open()
             self._service.touch(self)
-            await self._service.work(len(data), partial(self._write, offset, data))
+            await self._service.work(sum(map(len, data)), partial(self._write, offset, data))
         finally:
             self._turn.release()
 
@@ -124,18 +126,20 @@ class Upload:
 
     # --- file work, perhaps in a thread; only ever one at a time
 
-    def _write(self, offset: int, data: Buffer) -> None:
-        end = offset + len(data)
+    def _write(self, offset: int, data: Sequence[Buffer]) -> None:
+        end = offset + sum(map(len, data))
         with self._service.upload_files.use(self) as fd:
-            for begin, until in self.spans.within(offset, end):
-                self._compare(fd, begin, memoryview(data)[begin - offset : until - offset])
+            if written := self.spans.within(offset, end):
+                whole = memoryview(b"".join(data))
+                for begin, until in written:
+                    self._compare(fd, begin, whole[begin - offset : until - offset])
             if end > self.size:
-                raise DataTooLargeError(self.size, offset, len(data))
+                raise DataTooLargeError(self.size, offset, end - offset)
             if len(self.spans) >= SPANS_MAX:
                 raise BadRequestError("an upload with too many holes")
-            buffers, position = [data], container.IMMUTABLE_HEADER_BYTES + offset
+            buffers, position = [*data], container.IMMUTABLE_HEADER_BYTES + offset
             if offset == 0:
-                buffers, position = [container.pack_immutable_header(self.size, 1), data], 0
+                buffers, position = [container.pack_immutable_header(self.size, 1), *data], 0
             if end == self.size:
                 buffers.append(container.pack_immutable_lease(self.lease))
             _write(fd, buffers, position)

@@ -237,7 +237,7 @@ class Connection:
         pieces: list[bytes] = []
         with trio.CancelScope() as self._reading:
             if not self._draining:
-                pieces = await self._stream.receive_pieces()
+                pieces = await self._stream.receive_pieces(self._broker.body_missing)
         self._reading = None
         return pieces
 

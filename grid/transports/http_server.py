@@ -11,6 +11,7 @@ DRAIN_BYTES_MAX, so that the client gets to the answer, or the connection is clo
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
@@ -74,9 +75,9 @@ class Request:
         announced = self.header(b"content-length")
         return 0 if announced is None else int(announced)  # h11 has seen to it that it is a number
 
-    async def receive_piece(self) -> Buffer:
-        """The next piece of the body; empty at its end. Raises ClientGoneError."""
-        return await self._connection.receive_piece()
+    async def receive_pieces(self) -> Sequence[Buffer]:
+        """What has come of the body, in order, at least one piece; none at its end. Raises ClientGoneError."""
+        return await self._connection.receive_pieces()
 
     async def read_body(self, bytes_max: int) -> bytes:
         """All of it. Raises BodyTooLargeError, ClientGoneError."""
@@ -84,9 +85,9 @@ class Request:
             raise BodyTooLargeError
         pieces: list[Buffer] = []
         left = bytes_max
-        while piece := await self.receive_piece():
-            pieces.append(piece)
-            left -= len(piece)
+        while some := await self.receive_pieces():
+            pieces += some
+            left -= sum(map(len, some))
             if left < 0:
                 raise BodyTooLargeError
         return b"".join(pieces)
@@ -149,10 +150,16 @@ async def serve_http(
             return
 
 
+def _new_h11() -> h11.Connection:
+    return h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+
+
 class _ServerConnection:
     def __init__(self, stream: TLSStream) -> None:
         self._stream = stream
-        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+        self._h11 = _new_h11()
+        self._pieces: deque[bytes] = deque()  # received, and not looked at yet
+        self._body_missing: int | None = None  # bytes, of a body that h11 never sees
         self._patience_s = 0.0  # how long the client may still keep us waiting for its body
 
     async def next_request(self) -> Request | None:
@@ -166,40 +173,70 @@ class _ServerConnection:
             raise
         if isinstance(event, h11.Request):
             self._patience_s = PIECE_TIMEOUT_S
-            return Request(event, self)
+            request = Request(event, self)
+            if request.length:
+                # nothing to parse: such a body goes past h11, which would copy every byte twice
+                self._body_missing = request.length
+                early, _ = self._h11.trailing_data
+                if early:
+                    self._pieces.appendleft(early)
+            return request
         return None
 
-    async def receive_piece(self) -> Buffer:
+    async def receive_pieces(self) -> Sequence[Buffer]:
         if self._h11.they_are_waiting_for_100_continue:
             await self._send([self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b""])
-        while True:
-            began = trio.current_time()
-            event = await self._next_event(began + self._patience_s)
-            self._patience_s -= trio.current_time() - began
-            if isinstance(event, h11.Data):
-                paid_s = len(event.data) / SLOWEST_BYTES_PER_S
-                self._patience_s = min(self._patience_s + paid_s, PIECE_TIMEOUT_S)
+        began = trio.current_time()
+        pieces = await self._more_of_body(began + self._patience_s)
+        paid_s = sum(map(len, pieces)) / SLOWEST_BYTES_PER_S
+        waited_s = trio.current_time() - began
+        self._patience_s = min(self._patience_s - waited_s + paid_s, PIECE_TIMEOUT_S)
+        return pieces
+
+    async def _more_of_body(self, deadline: float) -> Sequence[Buffer]:
+        if self._body_missing is None:
+            while isinstance(event := await self._next_event(deadline), h11.Data):
                 if event.data:
-                    return event.data
-            elif isinstance(event, h11.EndOfMessage):
-                return b""
-            else:
+                    return (event.data,)
+            if isinstance(event, h11.EndOfMessage):
+                return ()
+            raise ClientGoneError("connection closed in a request")
+        if not self._body_missing:
+            return ()
+        if not self._pieces:
+            await self._receive(deadline, self._body_missing)
+            if not self._pieces:
                 raise ClientGoneError("connection closed in a request")
+        taken: list[bytes] = []
+        while self._pieces and self._body_missing:
+            piece = self._pieces.popleft()
+            if len(piece) > self._body_missing:
+                self._pieces.appendleft(piece[self._body_missing :])
+                piece = piece[: self._body_missing]
+            self._body_missing -= len(piece)
+            taken.append(piece)
+        return taken
 
     async def _next_event(self, deadline: float) -> h11.Event | type[h11.PAUSED]:
         try:
             while (event := self._h11.next_event()) is h11.NEED_DATA:
-                with trio.fail_at(deadline):
-                    pieces = await self._stream.receive_pieces()
-                self._h11.receive_data(b"".join(pieces))
+                if not self._pieces:
+                    await self._receive(deadline)
+                self._h11.receive_data(self._pieces.popleft() if self._pieces else b"")
         except h11.RemoteProtocolError as error:
             await self._refuse(error)
             raise ClientGoneError(f"not the HTTP we know: {error}") from None
+        return event  # type: ignore[return-value]
+
+    async def _receive(self, deadline: float, wanted: int = 1) -> None:
+        """Nothing comes at the end. Raises ClientGoneError."""
+        try:
+            with trio.fail_at(deadline):
+                self._pieces += await self._stream.receive_pieces(wanted)
         except trio.TooSlowError:
             raise ClientGoneError("too slow") from None
         except _BROKEN:
             raise ClientGoneError("connection lost") from None
-        return event  # type: ignore[return-value]
 
     async def _refuse(self, error: h11.RemoteProtocolError) -> None:
         if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -254,13 +291,23 @@ class _ServerConnection:
         except _BROKEN:
             raise ClientGoneError("connection lost") from None
 
+    @property
+    def _has_body(self) -> bool:
+        """Something of the request's body is to be read yet."""
+        if self._body_missing is not None:
+            return self._body_missing > 0
+        return self._h11.their_state is h11.SEND_BODY
+
     async def finish(self) -> bool:
         """After a response: whether another request may come. Reads what is left of the body, if it is not much."""
         left = DRAIN_BYTES_MAX
-        while self._h11.their_state is h11.SEND_BODY and not self._h11.they_are_waiting_for_100_continue:
-            left -= len(await self.receive_piece())
+        while self._has_body and not self._h11.they_are_waiting_for_100_continue:
+            left -= sum(map(len, await self.receive_pieces()))
             if left < 0:
                 return False
+        if self._body_missing == 0 and self._h11.our_state is h11.DONE:
+            self._h11, self._body_missing = _new_h11(), None  # the old one waits for the body for ever
+            return True
         if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
             self._h11.start_next_cycle()
             return True

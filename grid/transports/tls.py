@@ -9,7 +9,8 @@ For HTTP the server alone shows a certificate, and the standard library does bot
 the hash of its public key with what was announced, see `dial_pinned`.
 
 Limits: nothing is read ahead beyond one read of the socket, and ciphertext is sent in pieces of at most
-SEND_BYTES plus one record.
+SEND_BYTES and what records add to it. Who knows that much is on its way may say so: then the kernel wakes us once for
+GATHER_BYTES, not for every packet.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import ssl
 from collections.abc import Sequence
 from functools import cache
+from socket import SO_RCVLOWAT, SOL_SOCKET
 from typing import Final, Protocol
 
 import trio
@@ -31,7 +33,11 @@ READ_BYTES: Final = 256 << 10  # asked of the socket at a time
 RECORD_BYTES: Final = 16 << 10  # plaintext in one TLS record
 SEND_BYTES: Final = 256 << 10  # ciphertext gathered before it is handed to the socket
 COALESCE_BYTES: Final = RECORD_BYTES  # smaller buffers are joined until they fill a record
+GATHER_BYTES: Final = 128 << 10  # waited for at a time where so much is known to come
+UNREAD_BYTES_MAX: Final = 32 << 10  # of what was received, in a record that is not whole: less than two records
 CLOSE_TIMEOUT_S: Final = 1.0  # for the goodbye
+
+_SCRATCH: Final = bytearray(READ_BYTES)  # never in use across an await: sockets are read into it, engines copy from it
 
 Buffer = bytes | bytearray | memoryview
 
@@ -42,7 +48,7 @@ class _Engine(Protocol):
     def handshake(self) -> bool:
         """Whether it is finished; else more has to come from the peer."""
 
-    def put(self, ciphertext: bytes) -> None: ...
+    def put(self, ciphertext: Buffer) -> None: ...
     def take(self) -> bytes:
         """Ciphertext to send."""
 
@@ -62,6 +68,7 @@ class TLSStream(trio.abc.Stream):
         self._engine = engine
         self._send_lock = trio.Lock()
         self._encrypted_bytes = 0  # plaintext encrypted and not handed to the transport yet
+        self._gathering = 1  # bytes that make our socket readable
 
     @property
     def peer_certificate_der(self) -> bytes | None:
@@ -76,14 +83,15 @@ class TLSStream(trio.abc.Stream):
         """Raises BrokenResourceError. The caller sets the deadline."""
         while not self._engine.handshake():
             await self._flush()
-            ciphertext = await self._transport.receive_some(READ_BYTES)
-            if not ciphertext:
+            if not await self._fill():
                 raise trio.BrokenResourceError("connection closed in the TLS handshake")
-            self._engine.put(bytes(ciphertext))
         await self._flush()
 
-    async def receive_pieces(self) -> list[bytes]:
-        """At least one piece of what has arrived; none at the end."""
+    async def receive_pieces(self, wanted: int = 1) -> list[bytes]:
+        """At least one piece of what has arrived; none at the end.
+
+        `wanted`: bytes that the peer must yet send before it can expect anything of us. They come in larger batches.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             pieces = []
@@ -91,10 +99,38 @@ class TLSStream(trio.abc.Stream):
                 pieces.append(piece)
             if pieces or piece is not None:
                 return pieces
-            ciphertext = await self._transport.receive_some(READ_BYTES)
-            if not ciphertext:
+            if not await self._fill(wanted):
                 return []  # many peers close without a goodbye
-            self._engine.put(bytes(ciphertext))
+
+    async def _fill(self, wanted: int = 1) -> bool:
+        """Let the engine have what comes next; False at the end."""
+        socket = self.socket
+        if socket is None:
+            ciphertext = await self._transport.receive_some(READ_BYTES)
+            self._engine.put(ciphertext)
+            return bool(ciphertext)
+        gather = min(wanted - UNREAD_BYTES_MAX, GATHER_BYTES)
+        gather = gather if gather > RECORD_BYTES else 1
+        try:
+            if gather != self._gathering:
+                socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, gather)
+                self._gathering = gather
+            if gather > 1:
+                await trio.lowlevel.wait_readable(socket)
+            else:
+                await trio.lowlevel.checkpoint()
+            while True:
+                try:
+                    count = os.readv(socket.fileno(), [_SCRATCH])
+                    break
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(socket)
+        except OSError as error:
+            if socket.fileno() < 0:
+                raise trio.ClosedResourceError("this stream is closed") from None
+            raise trio.BrokenResourceError(f"connection broken: {error.strerror}") from error
+        self._engine.put(memoryview(_SCRATCH)[:count])
+        return bool(count)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """`max_bytes` is not honoured: what has arrived comes at once."""
@@ -121,7 +157,7 @@ class TLSStream(trio.abc.Stream):
         """The send lock is held. Sends whenever enough has gathered."""
         position = 0
         while position < len(data):
-            written = self._engine.write(data[position : position + RECORD_BYTES])
+            written = self._engine.write(data[position : position + SEND_BYTES])
             position += written
             self._encrypted_bytes += written
             if self._encrypted_bytes >= SEND_BYTES:
@@ -257,7 +293,7 @@ class _LibraryEngine:
             raise trio.BrokenResourceError("TLS handshake failed") from error
         return True
 
-    def put(self, ciphertext: bytes) -> None:
+    def put(self, ciphertext: Buffer) -> None:
         self._incoming.write(ciphertext)
 
     def take(self) -> bytes:
@@ -327,10 +363,10 @@ class _ServerEngine:
             raise trio.BrokenResourceError("TLS handshake failed") from error
         return True
 
-    def put(self, ciphertext: bytes) -> None:
+    def put(self, ciphertext: Buffer) -> None:
         view = memoryview(ciphertext)
         while view:
-            view = view[self._tls.bio_write(bytes(view)) :]
+            view = view[self._tls.bio_write(view) :]
 
     def take(self) -> bytes:
         pieces = []

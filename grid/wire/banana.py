@@ -79,6 +79,11 @@ class TokenReader:
         self._body_kind = 0  # of which type, or 0 when no body is under way
         self._body_missing = 0  # bytes
 
+    @property
+    def body_missing(self) -> int:
+        """Bytes, of a long body that has begun to arrive."""
+        return self._body_missing
+
     def receive_data(self, data: bytes) -> None:
         if self._body_missing:
             # A long body: keep the pieces as they come, so that no byte is looked at twice.

@@ -97,6 +97,11 @@ class Broker:
 
     # --- receiving
 
+    @property
+    def body_missing(self) -> int:
+        """Bytes that will come before anything can happen: the rest of a long string."""
+        return self._tokens.body_missing
+
     def receive_data(self, data: bytes) -> list[Event]:
         events: list[Event] = []
         tokens, reader = self._tokens, self._reader

@@ -234,6 +234,30 @@ async def test_a_body_in_chunks_and_one_nobody_reads(nursery: trio.Nursery) -> N
     assert peer.welcomes == 1  # the refused one does not count
 
 
+@pytest.mark.parametrize("read", [True, False])
+async def test_what_follows_a_body_is_the_next_request(nursery: trio.Nursery, read: bool) -> None:
+    """All in one go: bodies are taken out by their length, whoever reads them, and end where they end."""
+
+    async def look(request: Request) -> Response:
+        body = await request.read_body(1 << 20) if read else b""
+        return Response(200, (), (request.target, b" ", body, b"|"))
+
+    peer = await served(nursery, look)
+    bodies = [b"", b"GET / HTTP", b"a\r\nb", bytes(60_000)]
+    requests = b"".join(
+        b"PUT /%d HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (number, len(body)) + body
+        for number, body in enumerate(bodies)
+    )
+    await peer.client.send_all(requests + b"GET /last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    answers = b""
+    while piece := await peer.client.receive_some():
+        answers += piece
+    said = [part.rpartition(b"\r\n\r\n")[2] for part in answers.split(b"|")[:-1]]
+    assert said == [b"/%d " % number + (body if read else b"") for number, body in enumerate(bodies)] + [b"/last "]
+    await peer.over.wait()
+    assert peer.ended is None
+
+
 async def test_expect_continue(nursery: trio.Nursery) -> None:
     peer = await served(nursery)
     await peer.client.send_all(b"PUT / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 3\r\n\r\n")

@@ -1,0 +1,74 @@
+"""TLS over real sockets, where the kernel is told how much to gather before it wakes us."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+import trio.testing
+
+from grid.crypto import make_tub_identity, spki_hash_of_certificate
+from grid.transports.tls import GATHER_BYTES, ServerTLS, TLSStream, dial_pinned
+
+IDENTITY = make_tub_identity()
+
+
+async def socket_pair() -> tuple[TLSStream, TLSStream]:
+    """(client's end, server's end), over TCP on loopback."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    streams: list[TLSStream] = []
+
+    async def accept() -> None:
+        streams.append(await ServerTLS(IDENTITY).accept(await listener.accept()))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        transport = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+        client = await dial_pinned(transport, spki_hash_of_certificate(IDENTITY.certificate_der))
+    await listener.aclose()
+    return client, streams[0]
+
+
+@pytest.mark.parametrize("size", [1, 40_000, GATHER_BYTES, GATHER_BYTES + 1, 3_000_000])
+async def test_what_is_announced_arrives_to_its_last_byte(size: int) -> None:
+    """Sent in pieces of any size, nothing following: no reader waits for more than will come."""
+    client, server = await socket_pair()
+    rng = random.Random(size)
+    data = rng.randbytes(size)
+
+    async def send() -> None:
+        position = 0
+        while position < size:
+            step = rng.choice((1, 100, 16_000, 16_385, 70_000, 400_000))
+            await client.send_all(data[position : position + step])
+            position += step
+
+    received = b""
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            while len(received) < size:
+                received += b"".join(await server.receive_pieces(size - len(received)))
+    assert received == data
+    await client.send_all(b"and now a single byte is enough")
+    with trio.fail_after(30):
+        assert await server.receive_some() == b"and now a single byte is enough"
+        await client.aclose()
+        assert await server.receive_pieces(1_000_000) == []
+    await server.aclose()
+
+
+async def test_closing_wakes_who_waits_for_much() -> None:
+    client, server = await socket_pair()
+
+    async def wait() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await server.receive_pieces(1_000_000)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            await trio.aclose_forcefully(server)
+    await client.aclose()
