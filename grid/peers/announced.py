@@ -16,7 +16,14 @@ log = logging.getLogger(__name__)
 
 SLOW_DIAL_S: Final = 5.0  # who has not answered by then is not waited for at start-up
 NAME_CHARACTERS: Final = 8
+APPLICATION_BYTES_MAX: Final = 64
+SPACE_BYTES_MAX: Final = 1 << 64  # what servers tell that do not know; ours: a number may be of any length
 VERSION_KEY: Final = b"http://allmydata.org/tahoe/protocols/storage/v1"
+_FEATURES: Final = (
+    *(b"maximum-immutable-share-size", b"maximum-mutable-share-size", b"available-space"),
+    *(b"tolerates-immutable-read-overrun", b"delete-mutable-shares-with-zero-length-writev"),
+    *(b"fills-holes-with-zero-bytes", b"prevents-read-past-end-of-share-data"),
+)
 _OLD_IMMUTABLE_SHARE_BYTES_MAX: Final = (1 << 32) - 1  # of servers too old to say
 
 
@@ -83,12 +90,12 @@ class AnnouncedServer:
     def _told(self, key: bytes) -> int | None:
         inner = self._version.get(VERSION_KEY)
         value = inner.get(key) if isinstance(inner, Mapping) else None
-        return value if type(value) is int and value >= 0 else None
+        return min(value, SPACE_BYTES_MAX) if type(value) is int and value >= 0 else None
 
     @property
     def _application_version(self) -> str:
         version = self._version.get(b"application-version", b"")
-        text = version.decode("utf-8", "replace")[:64] if isinstance(version, bytes) else ""
+        text = version.decode("utf-8", "replace")[:APPLICATION_BYTES_MAX] if isinstance(version, bytes) else ""
         return text if text.isprintable() else ""
 
     def _failed(self, error: PeerError) -> None:
@@ -97,3 +104,13 @@ class AnnouncedServer:
         log.log(logging.DEBUG if self._failed_once else logging.INFO, "storage server %s: %s", self.name, error)
         self._failed_once = True
         self._changed()
+
+
+def bounded_version(version: Mapping[bytes, Any]) -> Mapping[bytes, Any]:
+    """Of a `get_version` answer, which may be of any size, what is worth keeping for as long as we are connected."""
+    inner, application = version.get(VERSION_KEY), version.get(b"application-version")
+    told = inner if isinstance(inner, Mapping) else {}
+    kept: dict[bytes, Any] = {VERSION_KEY: {key: told[key] for key in _FEATURES if isinstance(told.get(key), int)}}
+    if isinstance(application, bytes):
+        kept[b"application-version"] = application[:APPLICATION_BYTES_MAX]
+    return kept

@@ -20,7 +20,7 @@ from grid.errors import ConnectionLostError, PeerError, RemoteFailure, RemotePro
 from grid.formats.announcement import Announcement
 from grid.interfaces import IBucketReader, IBucketWriter, LeaseSecrets, SlotSecrets, SlotWrite
 from grid.peers import deadlines
-from grid.peers.announced import AnnouncedServer
+from grid.peers.announced import AnnouncedServer, bounded_version
 from grid.peers.buckets import READ_BYTES_MAX, FoolscapBucketReader, FoolscapBucketWriter, WriteWindow, advice
 from grid.peers.pulse import Pulse
 from grid.peers.reconnect import Reconnector, keep_connected
@@ -116,9 +116,8 @@ class FoolscapStorageServer(AnnouncedServer):
     async def _refresh_version(self, connection: _Connection) -> None:
         try:
             with connection.pulse.call(light=True):
-                self._version = await connection.reference.call(
-                    "get_version", timeout_s=deadlines.GET_VERSION_TIMEOUT_S
-                )
+                version = await connection.reference.call("get_version", timeout_s=deadlines.GET_VERSION_TIMEOUT_S)
+            self._version = bounded_version(version)
         except RemoteFailure as error:
             if error.short_type not in ("Violation", "AttributeError"):
                 raise

@@ -317,3 +317,25 @@ async def test_share_numbers_that_cannot_be_are_not_believed(number: int) -> Non
             await server.allocate_buckets(SI, LEASE, frozenset({1}), 100)
         with pytest.raises(PeerError, match="0 to 255"):
             await server.slot_readv(SI, [], [(0, 1)])
+
+
+async def test_of_what_a_server_says_of_itself_little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        b"http://allmydata.org/tahoe/protocols/storage/v1": {
+            b"maximum-immutable-share-size": SPACE,
+            b"available-space": 1 << 8000,
+            b"noise": [b"noise"] * 1000,
+            **{b"%d" % number: True for number in range(1000)},
+        },
+        b"application-version": b"test/" + b"x" * 100_000,
+        b"noise": [b"noise"] * 1000,
+    }
+    async with storage() as peer:
+
+        async def get_version() -> dict[bytes, object]:
+            return told
+
+        monkeypatch.setattr(peer.service, "remote_get_version", get_version)
+        async with client_of(peer) as server:
+            assert (server.maximum_immutable_share_size, server.available_space) == (SPACE, 1 << 64)
+            assert len(repr(server._version)) < 4000
