@@ -16,11 +16,12 @@ from typing import Final
 import trio
 from cachetools import LRUCache
 
-from grid.errors import GridError
+from grid.errors import FormatError, GridError
 from grid.interfaces import IReadableSnapshot
 
 log = logging.getLogger(__name__)
 
+SEGMENT_SIZES_MAX: Final = 20_000  # files whose segment size is remembered: without it the grid must be asked again
 PREFETCH_BYTES_MAX: Final = 16 << 20  # fetches under way that only read-ahead wants, over all files
 
 SegmentKey = tuple[bytes, bytes, int]  # storage index, version, segment number
@@ -50,6 +51,7 @@ class BlockCache:
         self._nursery = nursery
         self._segments: LRUCache[SegmentKey, bytes] = LRUCache(limit_bytes, getsizeof=len)
         self._fetches: dict[SegmentKey, _Fetch] = {}
+        self._segment_sizes: LRUCache[tuple[bytes, bytes], int] = LRUCache(SEGMENT_SIZES_MAX)
         self.hits = 0
         self.misses = 0
 
@@ -60,6 +62,22 @@ class BlockCache:
     @property
     def limit_bytes(self) -> int:
         return int(self._segments.maxsize)
+
+    async def segment_size(self, snapshot: IReadableSnapshot) -> int:
+        """Bytes in each segment but the last. Asks the snapshot once; raises what it raises."""
+        key = _key(snapshot, 0)[:2]
+        size = self._segment_sizes.get(key)
+        if size is not None:
+            snapshot.remember_segment_size(size)
+            return size
+        size = await snapshot.get_segment_size()
+        if size <= 0:
+            raise FormatError("a file's segments have no size")
+        self._segment_sizes[key] = size
+        return size
+
+    def has(self, snapshot: IReadableSnapshot, number: int) -> bool:
+        return _key(snapshot, number) in self._segments
 
     async def get(self, snapshot: IReadableSnapshot, number: int, size: int) -> bytes:
         """Ciphertext segment `number`, which should have `size` bytes. Raises what the snapshot raises."""

@@ -52,16 +52,19 @@ class SnapshotContents:
                 break
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    async def warm(self) -> None:
+        """Have the first segment in the cache: of a small file that is all of it."""
+        self._segment_size = self._segment_size or await self._ask_segment_size()
+        if not self._blocks.has(self._snapshot, 0):
+            await self._blocks.get(self._snapshot, 0, self._segment_bytes(0))
+
     def close(self) -> None:
         self._blocks.forget_prefetches(self)
 
     async def _ask_segment_size(self) -> int:
         async with self._asking:
             if not self._segment_size:
-                segment_size = await self._snapshot.get_segment_size()
-                if segment_size <= 0:
-                    raise FormatError("a file's segments have no size")
-                self._segment_size = segment_size
+                self._segment_size = await self._blocks.segment_size(self._snapshot)
         return self._segment_size
 
     def _prefetch(self, number: int) -> bool:

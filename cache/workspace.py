@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -38,6 +38,7 @@ from cache.journal import Journal
 from cache.layers import BytesContents, Contents
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile, Replacement
+from cache.prefetch import Prefetcher, is_small
 from cache.sealed import SealedFile
 from cache.snapshots import SnapshotContents
 from cache.spool import Spool
@@ -77,6 +78,7 @@ class Workspace:
         self._options = options
         self._encoding = FileEncoding(k, happy, n, client.node.convergence if options.convergent else None)
         self._blocks = BlockCache(nursery, options.cache_bytes)
+        self._prefetcher = Prefetcher(nursery, client, self._blocks)
         self._journal = Journal(PENDING_CHANGES_MAX)
         self._table: WeakValueDictionary[Cap, Directory] = WeakValueDictionary()
         self._listed: LRUCache[Cap, Directory] = LRUCache(LISTED_ENTRIES_MAX, getsizeof=lambda d: 1 + len(d.base))
@@ -267,6 +269,15 @@ class Workspace:
         if target.is_mutable:
             self._sizes[target.storage_index] = snapshot.size
         return SnapshotContents(snapshot, self._blocks)
+
+    def is_prefetchable(self, target: Target) -> bool:
+        """Would `prefetch` of this file fetch anything? Those on the grid only, and small."""
+        cap = None if isinstance(target, Directory) else cap_of(target)
+        return cap is not None and is_small(cap) and self._local(cap) is None
+
+    def prefetch(self, targets: Iterable[Target]) -> None:
+        """Somebody will probably read these files soon: fetch them now, as far as is_prefetchable()."""
+        self._prefetcher.want(cap for t in targets if self.is_prefetchable(t) and (cap := cap_of(t)) is not None)
 
     def _local(self, cap: Cap) -> SealedFile | None:
         """What we have of it ourselves: contents on their way, or not long ago."""

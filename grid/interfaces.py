@@ -314,6 +314,9 @@ class IReadableSnapshot(Protocol):
     async def get_segment_size(self) -> int:
         """Plaintext bytes in each segment but the last. May need the network the first time."""
 
+    def remember_segment_size(self, segment_size: int) -> None:
+        """What get_segment_size() said of the same version before: it need not ask again."""
+
     async def get_segment(self, number: int) -> bytes:
         """One verified ciphertext segment, fetched, from any good shares. Raises NotEnoughSharesError, …"""
 

@@ -131,6 +131,12 @@ class Inode:
         return line
 
 
+def usual_number(parent_number: int, name: str) -> int:
+    """The number of the inode first linked there, unless another one had it already."""
+    digest = hashlib.blake2b(b"%d/" % parent_number + name.encode(errors="surrogatepass"), digest_size=8).digest()
+    return max(int.from_bytes(digest, "big") & NUMBER_MASK, FIRST_INODE)
+
+
 class InodeTable:
     def __init__(self, root: IDirectory) -> None:
         self._folders: WeakValueDictionary[int, Folder] = WeakValueDictionary()
@@ -156,8 +162,7 @@ class InodeTable:
         self, parent: Inode, name: str, kind: Kind, target: Target, metadata: Metadata, folder: Folder | None = None
     ) -> Inode:
         """A new inode linked at (parent, name); what was linked there is unlinked."""
-        digest = hashlib.blake2b(b"%d/" % parent.number + name.encode(errors="surrogatepass"), digest_size=8).digest()
-        number = max(int.from_bytes(digest, "big") & NUMBER_MASK, FIRST_INODE)
+        number = usual_number(parent.number, name)
         while number in self._by_number:
             number = max((number + 1) & NUMBER_MASK, FIRST_INODE)
         inode = self._by_number[number] = Inode(number, kind, target, metadata, folder=folder)

@@ -24,6 +24,7 @@ from tahoefs import metadata as edge
 from tahoefs.errnos import FSError
 from tahoefs.inodes import Folder, Inode, InodeTable
 from tahoefs.interfaces import IEntry, IWorkspace, Metadata, Position, Target, VFSOptions
+from tahoefs.neighbours import Neighbours
 from tahoefs.open_files import DirectoryHandle, Handle
 from tahoefs.targets import Kind, is_directory, is_mutable_file, is_unreadable, kind_of, same_contents
 
@@ -75,6 +76,7 @@ class VFSCore:
         self.mounting_uid = os.getuid()
         self.read_only = options.read_only or workspace.readonly
         self.free_bytes = free_bytes
+        self.neighbours = Neighbours()
         self.faults = 0  # calls that ended in an exception that was a bug
         self.timeouts = 0  # calls that missed their deadline
         self.handles: dict[int, Handle | DirectoryHandle] = {}

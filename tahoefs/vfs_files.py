@@ -16,7 +16,7 @@ import time
 from grid.errors import GridError
 from tahoefs import metadata as edge
 from tahoefs.errnos import FSError
-from tahoefs.inodes import Folder, Inode, Link
+from tahoefs.inodes import Folder, Inode, Link, usual_number
 from tahoefs.interfaces import Caller, Position
 from tahoefs.open_files import Handle, OpenFile
 from tahoefs.targets import Kind, cap_of, failed, is_mutable_file, same_contents
@@ -85,11 +85,29 @@ class FileOperations(AttributeOperations):
 
     async def read(self, number: int, offset: int, length: int) -> bytes:
         opened = self.file_handle(number).opened
+        if offset == 0 and opened.writable is None:
+            self._look_ahead(opened.inode)
         try:
             return await opened.read(offset, length)
         except GridError as error:
             self.workspace.note_error(self.path_of(opened.inode), error)
             raise
+
+    def _look_ahead(self, inode: Inode) -> None:
+        """A file begins to be read. If that looks like the directory being read through, have the next ones fetched."""
+        link = inode.link
+        folder = link.parent.folder if link else None
+        if link is None or folder is None or not self.workspace.is_prefetchable(inode.target):
+            return
+        entries, parent = folder.directory.entries, link.parent.number
+
+        def orders() -> list[list[str]]:
+            names = [name for name, entry in entries().items() if self.workspace.is_prefetchable(entry.target)]
+            return [names, sorted(names, key=lambda name: usual_number(parent, name))]
+
+        following = self.neighbours.note(folder, link.name, folder.directory.generation, orders)
+        found = (folder.directory.get(name) for name in following)
+        self.workspace.prefetch(entry.target for entry in found if entry is not None)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         handle = self.file_handle(number)

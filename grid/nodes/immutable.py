@@ -40,6 +40,9 @@ class LiteralSnapshot:
         await trio.lowlevel.checkpoint()
         return max(len(self._data), 1)
 
+    def remember_segment_size(self, segment_size: int) -> None:
+        pass
+
     async def get_segment(self, number: int) -> bytes:
         await trio.lowlevel.checkpoint()
         if number != 0 or not self._data:

@@ -1,8 +1,9 @@
 """ShareFinder: walks the permuted server list until enough shares of one file are known.
 
-Shares may sit anywhere in the list, so the search gives up only at its end. About ten servers are asked at a
-time; one that is late no longer holds up the others. The search belongs to the read that needs it: it stops
-with that read and the next one carries on from there.
+Shares may sit anywhere in the list, so the search gives up only at its end. At first so many servers are asked as
+shares are wanted, since a healthy file has one on each at the head of the list; as soon as one of them turns out to
+have none, QUERIES_MAX at a time. One that is late no longer holds up the others. The search belongs to the read
+that needs it: it stops with that read and the next one carries on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from grid.operations.share_reader import FileState, RemoteShare
 log = logging.getLogger(__name__)
 
 QUERIES_MAX: Final = 10  # unanswered and not late
+SPARE_QUERIES: Final = 2  # beyond k in the first round: each costs its server as much as the read of a small share
 QUERY_TIMEOUT_S: Final = 10.0
 ATTEMPTS_MAX: Final = 2  # per server and search: a lost connection may be back
 SHARES_PER_SERVER_MAX: Final = 256
@@ -43,6 +45,7 @@ class ShareFinder:
         self._walk = trio.Lock()  # held by the one read that searches on behalf of all
         self._unasked: list[IStorageServer] = []
         self._attempts: Counter[str] = Counter()
+        self._disappointed = False  # a server had nothing, or did not answer: the shares are not where they should be
 
     @property
     def exhausted(self) -> bool:
@@ -115,18 +118,25 @@ class ShareFinder:
                 now = trio.current_time()
                 late_after = self._responsiveness.hedge_delay_s
                 patient = [began for began in asked.values() if now - began < late_after]
-                while self._unasked and len(patient) < QUERIES_MAX:
+                while self._unasked and len(patient) < self._at_once():
                     server = self._unasked.pop(0)
                     asked[server] = now
                     patient.append(now)
                     nursery.start_soon(ask, server)
                 for server, began in asked.items():
                     if now - began >= late_after:
+                        self._disappointed = True
                         self._responsiveness.late(server.server_id)
                 if not asked:
                     break
                 await bell.wait_until(min((began + late_after for began in patient), default=math.inf))
             nursery.cancel_scope.cancel()
+
+    def _at_once(self) -> int:
+        """How many servers to have asked, not counting those that are late."""
+        if self._disappointed:
+            return QUERIES_MAX
+        return max(1, self._file.k + SPARE_QUERIES - len({share.number for share in self.shares}))
 
     def _put_back(self, asked: Iterable[IStorageServer]) -> None:
         """Servers that had not answered when it was enough: asked again when it is not, late ones last."""
@@ -146,9 +156,11 @@ class ShareFinder:
             log.info("server %s: %s", server.name, error)
             self.failures[server.server_id] = error
             self._attempts[server.server_id] += 1
+            self._disappointed = True
             return
         self._attempts[server.server_id] += 1
         self._responsiveness.said_what_it_holds(server.server_id, trio.current_time() - began)
+        self._disappointed |= not readers
         known = {(share.server.server_id, share.number) for share in self.shares} | self.condemned.keys()
         for number in sorted(readers)[:SHARES_PER_SERVER_MAX]:
             if 0 <= number < self._file.n and (server.server_id, number) not in known:

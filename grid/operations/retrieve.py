@@ -116,6 +116,9 @@ class MutableVersion:
         await trio.lowlevel.checkpoint()
         return self.header.segment_size or 1
 
+    def remember_segment_size(self, segment_size: int) -> None:
+        """The header told already."""
+
     async def get_segment(self, number: int) -> bytes:
         """One verified ciphertext segment. Raises NotEnoughSharesError."""
         header = self.header

@@ -35,6 +35,9 @@ class Snapshot:
         self.gate.set()
         self.error: Exception | None = None
 
+    def remember_segment_size(self, segment_size: int) -> None:
+        pass
+
     async def get_segment_size(self) -> int:
         await trio.lowlevel.checkpoint()
         return self._segment_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -222,6 +222,12 @@ class MemoryWorkspace:
     async def open_contents(self, target: Any, /) -> MemoryContents:
         await self._called("open_contents")
         return MemoryContents(self._pages(target))
+
+    def is_prefetchable(self, target: Any, /) -> bool:
+        return False  # it is all here
+
+    def prefetch(self, targets: Iterable[Any], /) -> None:
+        assert not list(targets)
 
     async def store(
         self, directory: MemoryDirectory, name: str, contents: MemoryContents, metadata: dict[str, Any], /
