@@ -20,7 +20,7 @@ import trio
 from attrs import define, field, frozen
 
 from grid.errors import GridError, NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
-from grid.formats.caps import Cap, MDMFReadCap, MDMFWriteCap, SDMFReadCap, SDMFWriteCap
+from grid.formats.caps import MDMFReadCap, MDMFWriteCap, SDMFReadCap, SDMFWriteCap
 from grid.formats.mutable_share import MUTABLE_SHARES_MAX, SALT_BYTES, MutableHeader
 from grid.interfaces import IDownloadTarget, IStorageBroker
 from grid.operations.keys import MutableKeys
@@ -301,9 +301,3 @@ class MutableFileNode:
             self._map = placed
         self._latest = encoded.header
         return self._version(placed)
-
-
-def mutable_cap(cap: Cap) -> MutableCap:
-    """`cap`, which must be of a mutable file, for the type checker's sake."""
-    assert isinstance(cap, SDMFWriteCap | SDMFReadCap | MDMFWriteCap | MDMFReadCap)
-    return cap

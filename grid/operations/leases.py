@@ -9,7 +9,7 @@ from __future__ import annotations
 from attrs import field, frozen
 
 from grid.formats import hashutil
-from grid.interfaces import IStorageServer, LeaseSecrets, SlotSecrets
+from grid.interfaces import LeaseSecrets, SlotSecrets
 
 
 @frozen
@@ -20,9 +20,6 @@ class Secrets:
 
     def lease(self, storage_index: bytes, tub_id: bytes) -> LeaseSecrets:
         return hashutil.lease_secrets(self.node_secret, storage_index, tub_id)
-
-    def lease_for(self, storage_index: bytes, server: IStorageServer) -> LeaseSecrets:
-        return self.lease(storage_index, server.tub_id)
 
     def slot(self, writekey: bytes, storage_index: bytes, tub_id: bytes) -> SlotSecrets:
         return SlotSecrets(hashutil.write_enabler(writekey, tub_id), self.lease(storage_index, tub_id))

@@ -56,7 +56,7 @@ class ShareWriter:
 
     async def put_uri_extension(self, data: bytes) -> None:
         self._expect(self._layout.ueb)
-        await self._put(len(data).to_bytes(self._layout.ueb_length_bytes, "big") + data)
+        await self._put(self._layout.pack_ueb_size(len(data)) + data)
 
     async def close(self) -> None:
         await self._flush()

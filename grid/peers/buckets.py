@@ -45,10 +45,6 @@ class WriteWindow:
         self._progress = trio.lowlevel.ParkingLot()
         self._closed = False
 
-    @property
-    def bytes_in_flight(self) -> int:
-        return self._bytes_in_flight
-
     def post(
         self, writer: FoolscapBucketWriter, reference: RemoteReference, offset: int, data: bytes | memoryview
     ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from attrs import field, frozen
 
 from grid.errors import Violation
-from grid.wire.references import Referenceable, RemoteHandle
+from grid.wire.references import RemoteHandle
 
 
 class Schema(Protocol):
@@ -157,15 +157,6 @@ class Reference:
             raise Violation(f"{where}: reference expected, not {type(value).__name__}")
         if self.interface_name is not None and value.interface_name != self.interface_name:
             raise Violation(f"{where}: reference to {self.interface_name} expected")
-
-
-@frozen
-class OwnReference:
-    """A reference to one of the receiver's objects, come home."""
-
-    def check(self, value: Any, where: str) -> None:
-        if not isinstance(value, Referenceable):
-            raise Violation(f"{where}: one of our own references expected, not {type(value).__name__}")
 
 
 ANY = AnySchema()
