@@ -323,3 +323,12 @@ async def test_a_race_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text.count("raced") == 1
     await node.replace(b"three")
     assert await other.download_to_data() == b"three"
+
+
+async def test_a_mutable_file_has_one_share_less_than_an_immutable_one_may_have() -> None:
+    """N is one byte there: a node set to 256 shares can still make directories."""
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"x", k=3, n=256)
+    numbers = {number for server in broker.servers for number in server.slots[grid.storage_index()].shares}
+    assert numbers == set(range(255))
+    assert await grid.new_node(broker).download_to_data() == b"x"
