@@ -1,4 +1,4 @@
-.PHONY: test lint bench setup setup-test demo demo-stop
+.PHONY: test lint bench soak setup setup-test demo demo-stop
 
 test: lint
 	.venv/bin/pytest
@@ -10,6 +10,10 @@ lint: setup-test
 
 bench: setup-test
 	.venv/bin/python -m tests.bench
+
+soak: setup-test
+	TAHOEFS_SOAK=1 TAHOEFS_KILL_ROUNDS=100 .venv/bin/pytest -s tests/grid/server/test_kill.py \
+		tests/grid/server/test_load.py tests/grid/server/test_hostile.py
 
 demo:
 	@tools/demo

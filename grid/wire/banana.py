@@ -50,7 +50,7 @@ VOCABULARIES: Final[tuple[tuple[bytes, ...], ...]] = (
 )
 
 _BODY_BYTES_MAX: Final = {
-    STRING: STRING_BYTES_MAX,
+    STRING: STRING_BYTES_MAX,  # or less, see TokenReader
     LONGINT: LONGINT_BYTES_MAX,
     LONGNEG: LONGINT_BYTES_MAX,
     ERROR: ERROR_BYTES_MAX,
@@ -73,6 +73,7 @@ class TokenReader:
 
     def __init__(self, vocabulary: Sequence[bytes] = ()) -> None:
         self.vocabulary = vocabulary
+        self.string_bytes_max = STRING_BYTES_MAX  # may be changed at any time
         self._data = b""  # not yet parsed; never more than one header beyond what was last given
         self._position = 0
         self._body: list[bytes] = []  # pieces of a body that did not arrive whole
@@ -136,8 +137,10 @@ class TokenReader:
             length = FLOAT_BYTES
         elif kind not in _BODY_BYTES_MAX:
             raise RemoteProtocolError(f"unknown token type {kind:#x}")
-        elif length > _BODY_BYTES_MAX[kind]:
-            raise RemoteProtocolError(f"token of type {kind:#x} is too large: {length}>{_BODY_BYTES_MAX[kind]}")
+        else:
+            most = self.string_bytes_max if kind == STRING else _BODY_BYTES_MAX[kind]
+            if length > most:
+                raise RemoteProtocolError(f"token of type {kind:#x} is too large: {length}>{most}")
         stop = position + length
         if stop <= end:
             self._position = stop

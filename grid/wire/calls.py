@@ -24,6 +24,7 @@ from grid.wire.banana import (
     INT_MAX,
     PING,
     PONG,
+    STRING_BYTES_MAX,
     VOCABULARIES,
     TokenReader,
     error_token,
@@ -40,6 +41,7 @@ from grid.wire.unslicers import Arguments, Message, MessageReader, SpoiledMessag
 log = logging.getLogger(__name__)
 
 BUFFER_BYTES: Final = 64  # what a buffer costs beside its contents: a PONG has one byte of those
+STRANGER_STRING_BYTES_MAX: Final = 64 << 10  # from a peer that named no object of ours, and of which we asked nothing
 RELEASES_BATCH: Final = 32  # clids released before we tell the peer without being asked to
 
 
@@ -86,6 +88,7 @@ class Broker:
         self._tables = ReferenceTables(peer_tub_id, names, make_handle)
         vocabulary = VOCABULARIES[vocabulary_index]
         self._tokens = TokenReader(vocabulary)
+        self._tokens.string_bytes_max = STRANGER_STRING_BYTES_MAX
         self._reader = MessageReader(self._tables)
         self._writer = MessageWriter(vocabulary, self._tables.slice_own, self._tables.slice_handle)
         self._outgoing: list[Buffer] = []
@@ -183,6 +186,7 @@ class Broker:
         if target is None:
             # Only the beginning of the name: the rest may be somebody's secret.
             raise RemoteFailure("builtins.KeyError", f"unable to find reference for name starting with {text[:2]!r}")
+        self._tokens.string_bytes_max = STRING_BYTES_MAX
         return target
 
     def _remote_decref(self, clid: int, count: int) -> None:
@@ -205,6 +209,7 @@ class Broker:
         if self._tables.releases_waiting >= RELEASES_BATCH:
             self.flush_releases()
         interface = RIBroker if clid == BROKER_CLID else INTERFACES.get(interface_name)
+        self._tokens.string_bytes_max = STRING_BYTES_MAX  # its answer may be long
         return self._call(clid, method, args, keywords, _result_schema(interface, method), (0, 0))
 
     def _call(

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,11 +16,8 @@ import pytest
 import trio
 
 from grid.errors import PeerError
-from grid.formats.announcement import from_mapping
-from grid.interfaces import LeaseSecrets, SlotSecrets, SlotWrite
-from grid.peers.foolscap_storage import FoolscapStorageServer
-from grid.peers.reconnect import Reconnector
-from tests.grid.peers.loopback import until
+from grid.interfaces import IStorageServer, LeaseSecrets, SlotSecrets, SlotWrite
+from tests.real.our_grid import StorageNode
 
 ROUNDS = int(os.environ.get("TAHOEFS_KILL_ROUNDS", "4"))
 SLOTS = 4
@@ -58,7 +52,7 @@ class Expected:
         return version.to_bytes(8, "big") + pattern(f"{slot}.{version}", size)
 
 
-async def write_shares(client: FoolscapStorageServer, expected: Expected, rng: random.Random) -> None:
+async def write_shares(client: IStorageServer, expected: Expected, rng: random.Random) -> None:
     while True:
         storage_index = rng.randbytes(16)
         data = pattern(storage_index.hex(), rng.choice(SIZES) + rng.randrange(50))
@@ -71,7 +65,7 @@ async def write_shares(client: FoolscapStorageServer, expected: Expected, rng: r
         await client.add_lease(storage_index, SECRETS.lease)
 
 
-async def write_slots(client: FoolscapStorageServer, expected: Expected, slot: int) -> None:
+async def write_slots(client: IStorageServer, expected: Expected, slot: int) -> None:
     """Both shares at once; the second is written in three pieces, and leaves a hole for a moment."""
     versions = expected.slots[slot]
     while True:
@@ -88,7 +82,7 @@ async def write_slots(client: FoolscapStorageServer, expected: Expected, slot: i
         versions[0] = versions[1]
 
 
-async def check(client: FoolscapStorageServer, expected: Expected) -> None:
+async def check(client: IStorageServer, expected: Expected) -> None:
     for storage_index, data in expected.shares.items():
         readers = await client.get_buckets(storage_index)
         assert readers or storage_index not in expected.acknowledged, "an acknowledged share is lost"
@@ -107,66 +101,39 @@ async def check(client: FoolscapStorageServer, expected: Expected) -> None:
         versions[:] = [found, found]
 
 
-@asynccontextmanager
-async def child(directory: Path) -> AsyncIterator[tuple[FoolscapStorageServer, trio.Process]]:
-    process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "tests.grid.server.store_process", str(directory)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        furl = b""
-        with trio.fail_after(60):
-            while not furl.endswith(b"\n"):
-                piece = await process.stdout.receive_some()
-                assert piece, "the server did not start again"
-                furl += piece
-        fields = {"nickname": "x", "anonymous-storage-FURL": furl.decode().strip()}
-        client = FoolscapStorageServer(from_mapping("v0-" + "a" * 52, fields), keepalive_s=240)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.run, Reconnector(), trio.CapacityLimiter(8))
-            await until(lambda: client.connected, timeout_s=60)
-            yield client, process
-            nursery.cancel_scope.cancel()
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            await pipe.aclose()
-
-
 async def test_killed_under_load(tmp_path: Path) -> None:
+    """`tahoefs run`, by HTTP and by Foolscap in turn. Only the last time it is told to stop."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rng = random.Random(seed)
     expected = Expected()
-    for _ in range(ROUNDS):
-        async with child(tmp_path) as (client, process):
-            await check(client, expected)
-
-            async def until_lost(work: object, *args: object, client: FoolscapStorageServer = client) -> None:
-                with pytest.raises(PeerError):
-                    await work(client, expected, *args)  # type: ignore[operator]
-
-            async with trio.open_nursery() as nursery:
-                for _ in range(WRITERS):
-                    nursery.start_soon(until_lost, write_shares, random.Random(rng.random()))
-                for slot in range(SLOTS):
-                    nursery.start_soon(until_lost, write_slots, slot)
-                await trio.sleep(rng.uniform(0.05, ROUND_S_MAX))  # any moment will do: it is the moment of the kill
-                process.kill()
-    async with child(tmp_path) as (client, process):
-        await check(client, expected)
+    node = StorageNode(tmp_path / "node")
+    try:
+        for round_number in range(ROUNDS):
+            await trio.to_thread.run_sync(node.start)
+            async with node.joined(http=bool(round_number % 2)) as client:
+                await check(client, expected)
+                async with trio.open_nursery() as nursery:
+                    for _ in range(WRITERS):
+                        nursery.start_soon(until_lost, write_shares, client, expected, random.Random(rng.random()))
+                    for slot in range(SLOTS):
+                        nursery.start_soon(until_lost, write_slots, client, expected, slot)
+                    await trio.sleep(rng.uniform(0.05, ROUND_S_MAX))  # any moment will do: it is that of the kill
+                    await trio.to_thread.run_sync(node.kill)
+        await trio.to_thread.run_sync(node.start)
         # nothing is left over but what is served
-        incoming = tmp_path / "storage/shares/incoming"
-        assert await trio.to_thread.run_sync(lambda: list(incoming.iterdir())) == []
-        assert process.stdin is not None
-        await process.stdin.aclose()
-        with trio.fail_after(30):
-            assert await process.wait() == 0
-    assert not await trio.Path(tmp_path / "storage/tahoefs.journal").exists()
+        assert list((node.storage / "shares" / "incoming").iterdir()) == []
+        for http in (True, False):
+            async with node.joined(http=http) as client:
+                await check(client, expected)
+        assert await trio.to_thread.run_sync(node.terminate) == 0
+    finally:
+        node.kill()
+    assert not (node.storage / "tahoefs.journal").exists()
     assert len(expected.acknowledged) >= ROUNDS and all(versions[0] for versions in expected.slots.values())
     print(f"{len(expected.acknowledged)} shares, versions {[versions[0] for versions in expected.slots.values()]}")
+
+
+async def until_lost(work: Callable[..., Awaitable[None]], *args: object) -> None:
+    with pytest.raises(PeerError):
+        await work(*args)

@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grid.errors import RemoteFailure, RemoteProtocolError, Violation
-from grid.wire.banana import VOCABULARIES
-from grid.wire.calls import RELEASES_BATCH, Answered, Broker, Event, Failed, InboundCall
+from grid.wire.banana import VOCABULARIES, header
+from grid.wire.calls import (
+    RELEASES_BATCH,
+    STRANGER_STRING_BYTES_MAX,
+    Answered,
+    Broker,
+    Event,
+    Failed,
+    InboundCall,
+)
 from grid.wire.failures import Copyable, failure_of, failure_to_send, trim
 from grid.wire.references import Referenceable, RemoteHandle
 from grid.wire.remote_interfaces import RIBucketWriter, RIStorageServer
@@ -386,3 +394,22 @@ def test_damaged_recordings_raise_the_protocol_error_or_nothing(messages: list[b
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(RemoteProtocolError):
         core.receive_data(bytes(damaged))
+
+
+def test_strangers_must_be_brief() -> None:
+    """Who knows a name of ours may send long strings, and so may who answers us; nobody else."""
+    long_string = header(STRANGER_STRING_BYTES_MAX + 1) + b"\x82"
+    with pytest.raises(RemoteProtocolError, match="too large"):
+        broker(Writer()).receive_data(long_string)
+    asked = broker()
+    asked.send_call(0, "", "getReferenceByName", (), {"name": b"target"})
+    assert asked.receive_data(long_string) == []
+    for name, is_known in ((b"target", True), (b"guess", False)):
+        caller, server = broker(), broker(Writer())
+        caller.send_call(0, "", "getReferenceByName", (), {"name": name})
+        pass_on(caller, server)
+        if is_known:
+            assert server.receive_data(long_string) == []
+        else:
+            with pytest.raises(RemoteProtocolError, match="too large"):
+                server.receive_data(long_string)
