@@ -63,6 +63,11 @@ def find_socket(mountpoint: Path) -> Path | None:
     return link.resolve() if link.is_symlink() and link.exists() else None
 
 
+def find_socket_above(path: Path) -> Path | None:
+    """The control socket of the daemon that serves the folder that `path` is in, or None."""
+    return next((socket for folder in (path, *path.parents) if (socket := find_socket(folder))), None)
+
+
 def all_sockets() -> list[Path]:
     """Sockets of all mounts of this user; links to daemons long dead are left out."""
     return sorted(link.resolve() for link in run_directory().iterdir() if link.is_symlink() and link.exists())

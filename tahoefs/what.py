@@ -71,6 +71,8 @@ def _from_alias(text: str, node_dir: Path) -> What:
     if not colon or "/" in name:
         raise WhatError(f"{text!r} is not an alias (NAME: or NAME:path), @FILE, - or a cap")
     aliases = load_aliases(node_dir)
+    if not node_dir.is_dir():
+        raise WhatError(f"no node directory {node_dir}; name yours with --node-dir, or make one with create-client")
     if name not in aliases:
         known = ", ".join(f"{each}:" for each in sorted(aliases)) or "none yet"
         raise WhatError(f"no alias {name}: in {node_dir} (known: {known}); make one with create-alias or add-alias")

@@ -11,7 +11,7 @@ import click
 from tahoefs.cli import UserError
 from tahoefs.control_client import ControlError, ask
 from tahoefs.progress import human_bytes
-from tahoefs.registry import absolute, all_sockets, find_socket
+from tahoefs.registry import absolute, all_sockets, find_socket_above
 
 ANSWER_TIMEOUT_S: Final = 10.0
 
@@ -20,11 +20,11 @@ ANSWER_TIMEOUT_S: Final = 10.0
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(mountpoint: Path | None, as_json: bool) -> None:
-    """What the mount at MOUNTPOINT is doing; without MOUNTPOINT, all mounts of this user."""
+    """What the mount at, or around, MOUNTPOINT is doing; without MOUNTPOINT, all mounts of this user."""
     if mountpoint is not None:
-        socket = find_socket(absolute(mountpoint))
+        socket = find_socket_above(absolute(mountpoint))
         if socket is None:
-            raise UserError(f"{mountpoint}: not a tahoefs mount of yours")
+            raise UserError(f"{mountpoint}: not in a tahoefs mount of yours")
         one = ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)
         click.echo(json.dumps(one, indent=2) if as_json else _text(one))
         return

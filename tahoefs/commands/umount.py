@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Final
@@ -16,6 +19,7 @@ from tahoefs.registry import absolute, find_socket
 
 ANSWER_TIMEOUT_S: Final = 60.0
 POLL_S: Final = 0.05
+NOTICE_S: Final = 1.0  # for the daemon to hear of the unmount from the kernel
 
 
 @click.command("umount", short_help="send what is unsent, then unmount")
@@ -52,12 +56,21 @@ def _send_all(where: Path, socket: Path, *, no_wait: bool, timeout_s: float | No
 
 
 def _wait_until_gone(socket: Path) -> None:
-    """What was written between the sync and the unmount is sent by the daemon before it ends."""
+    """What was written between the sync and the unmount is sent by the daemon before it ends.
+
+    The kernel tells the daemon of an unmount only when no other mount namespace (a container, a service of its own)
+    holds a copy of the mount; so one that has not noticed after a while is told by a signal.
+    """
+    tell_at = time.monotonic() + NOTICE_S
     with Progress("finishing") as progress:
         while socket.exists():
             try:
-                progress.pending(ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)["pending"])
-            except ControlError:
+                status = ask(socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)
+                progress.pending(status["pending"])
+                if status["state"] != "draining" and time.monotonic() > tell_at:
+                    tell_at = math.inf
+                    os.kill(status["pid"], signal.SIGTERM)
+            except (ControlError, ProcessLookupError):
                 if not socket.exists():
                     return
             time.sleep(POLL_S)

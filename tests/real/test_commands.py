@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -31,6 +32,8 @@ def test_from_nothing_to_a_folder(real_grid: TahoeGrid, tmp_path: Path) -> None:
     (where / "hello").write_bytes(b"hello, grid")
     listed = json.loads(tahoefs("status", "--json").stdout)["mounts"]
     assert str(where) in {each["mountpoint"] for each in listed}
+    (where / "below").mkdir()
+    assert json.loads(tahoefs("status", where / "below", "--json").stdout)["mountpoint"] == str(where)
     tahoefs("umount", where)
     assert filesystem_at(where) is None
     cap = json.loads(tahoefs("list-aliases", "-d", node, "--json").stdout)["home"]
@@ -98,6 +101,28 @@ def test_terminated_daemon_sends_what_is_unsent(real_grid: TahoeGrid, root_cap: 
         wait_until(lambda: not Path(f"/proc/{mount.pid}").exists() or _is_zombie(mount.pid), "the daemon's end", 60)
         assert filesystem_at(mount.path) != FUSE_TYPE
     assert real_grid.get(root_cap, "file") == b"written just before the end" * 100
+
+
+def test_a_copy_of_the_mount_elsewhere_does_not_hold_up_umount(
+    real_grid: TahoeGrid, root_cap: str, mounted: Mounter
+) -> None:
+    """A container or a service with mounts of its own keeps the file system in use: the kernel says nothing then."""
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("needs unshare, and root, to make a mount namespace")
+    with mounted(root_cap, drain=False) as mount:
+        elsewhere = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo made; exec sleep 600"],
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert elsewhere.stdout is not None and elsewhere.stdout.readline() == b"made\n"
+            (mount.path / "file").write_bytes(b"sent all the same" * 100)
+            tahoefs("umount", mount.path)
+        finally:
+            elsewhere.kill()
+            elsewhere.communicate()
+    assert filesystem_at(mount.path) != FUSE_TYPE
+    assert real_grid.get(root_cap, "file") == b"sent all the same" * 100
 
 
 def _is_zombie(pid: int) -> bool:

@@ -57,6 +57,11 @@ def test_errors(node: Path, text: str) -> None:
         resolve_what(text, node)
 
 
+def test_a_node_directory_that_is_not_there(node: Path) -> None:
+    with pytest.raises(WhatError, match="no node directory"):
+        resolve_what("tahoe:", node / "nowhere")
+
+
 def test_an_embedded_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its directory may be new to a mount; to all else it has a root by then."""
     monkeypatch.chdir(tmp_path)
