@@ -265,7 +265,7 @@ class Committer:
     def _published(self, directory: Directory, state: _Dirty, batch: list[Change], published: Published) -> None:
         now = trio.current_time()
         self.publishes += 1
-        was_new = directory.is_new
+        was_new, held_s = directory.is_new, self._latest_s(directory)
         state.attempts, state.error, state.retry_at = 0, None, 0.0
         for change in batch:
             if not change.done and change not in published.foreign:
@@ -277,13 +277,10 @@ class Committer:
         odd += [(c, c.kind is Kind.LINK) for c in published.foreign if not any(c is seen for seen, _ in odd)]
         self.resolve(directory, odd)
         state.first_ready_at = None
+        busy = directory.unready or now - state.changed_at < self._options.publish_quiet_s
+        directory.hold_s = min(held_s * 2, LATEST_S_MAX) if busy else 0.0
         if was_new:
             self._table[published.cap] = directory
-        elif directory.unready or now - state.changed_at < self._options.publish_quiet_s:
-            directory.hold_s = min(self._latest_s(directory) * 2, LATEST_S_MAX)
-        else:
-            directory.hold_s = 0.0
-        if was_new:
             for link in directory.links:
                 link.directory.unready.discard(link)
                 self._touch(link.directory)

@@ -83,6 +83,19 @@ async def test_uploads_of_many_files_are_published_together(tmp_path: Path) -> N
         assert workspace.status()["publishes"] <= 2
 
 
+async def test_a_new_directory_that_stays_busy_is_held_back_longer_after_its_first_publish(tmp_path: Path) -> None:
+    """Someone copies a big tree in over a slow line: one publish after another would send it over and over."""
+    options = evolve(QUICK, publish_latest_s=0.0, new_directory_latest_s=0.05)
+    async with mounted(tmp_path, options) as (_, workspace):
+        made = await workspace.make_directory(workspace.root, "dir", {})
+        with trio.fail_after(30):
+            while made.is_new:  # always something on its way
+                await put(workspace, made, "file", DATA)
+                await workspace.link(made, f"{len(made.entries())}", LiteralCap(b"x"), {})
+                await trio.sleep(0.001)
+        assert made.hold_s == 2 * options.new_directory_latest_s
+
+
 async def test_what_is_removed_before_it_was_sent_is_not_sent(tmp_path: Path) -> None:
     async with mounted(tmp_path) as (client, workspace):
         client.pause()
