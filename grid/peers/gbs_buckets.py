@@ -120,9 +120,13 @@ class Uploads:
         finally:
             done.set()
 
+    def refuse(self) -> None:
+        """From now on nothing is sent in the background."""
+        self._ended = True
+
     async def end(self) -> None:
         """When no more can be asked: what is unfinished is given back, for servers would keep it from others."""
-        self._ended = True
+        self.refuse()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LAST_ABORTS_S):
             async with trio.open_nursery() as nursery:
                 for writer in self._open:

@@ -159,6 +159,10 @@ class GBSStorageServer(AnnouncedServer):
                 nursery.start_soon(pool.close_idle)
                 nursery.start_soon(watch, partial(self._watch_line, connection, line))
                 nursery.start_soon(watch, partial(pulse.watch, partial(self._refresh_version, connection)))
+                try:
+                    await trio.Event().wait()  # for ever, until cancelled
+                finally:
+                    uploads.refuse()  # while this nursery is still open, for they use it
         finally:
             self._connection = None
             await uploads.end()

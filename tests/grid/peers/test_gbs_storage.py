@@ -20,7 +20,7 @@ from grid.errors import (
 )
 from grid.formats.announcement import from_mapping
 from grid.interfaces import IBucketWriter, LeaseSecrets, SlotSecrets, SlotWrite
-from grid.peers import deadlines, gbs_buckets, pulse, reconnect
+from grid.peers import deadlines, gbs_buckets, http_pool, pulse, reconnect
 from grid.peers.broker import StorageBroker
 from grid.peers.foolscap_storage import FoolscapStorageServer
 from grid.peers.gbs_storage import GBSStorageServer
@@ -392,3 +392,15 @@ async def test_nurls_of_no_use_leave_foolscap(tmp_path: Path) -> None:
     raw = {"anonymous-storage-FURL": furl, "anonymous-storage-NURLs": [tor, "nonsense"]}
     broker.add_announcement(from_mapping("v0-x", raw))
     assert [type(server) for server in broker.get_known_servers()] == [FoolscapStorageServer]
+
+
+async def test_an_allocation_that_fails_as_the_server_is_lost() -> None:
+    """The nursery of the connection is closed by then: nothing may be started in it."""
+    async with trio.open_nursery() as nursery:
+        uploads = gbs_buckets.Uploads(
+            http_pool.ConnectionPool(gbs.Nurl(bytes(32), "127.0.0.1", 1, "x"), pulse.Pulse()), nursery
+        )
+        uploads.refuse()
+    assert uploads.give_back(bytes(16), 0, b"secret").is_set()
+    with pytest.raises(ConnectionLostError):
+        uploads.post(uploads.writer(bytes(16), 0, b"secret", 10), 0, b"data")
