@@ -12,6 +12,7 @@ Nodes are given fixed loopback addresses; without those they listen everywhere a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -31,6 +32,7 @@ TAHOE_VERSION = "1.20.0"
 START_TIMEOUT_S = 240
 REQUEST_TIMEOUT_S = 300
 SERVERS = 10
+PR_SET_PDEATHSIG = 1
 SHARES = (3, 7, 10)
 
 
@@ -89,6 +91,11 @@ def free_ports(count: int) -> list[int]:
 OUR_PROGRAM = (sys.executable, "-m", "tahoefs.cli", "run")
 
 
+def _end_with_parent() -> None:
+    """In a new child: the kernel kills it when the test run dies, however that dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Node:
     """One node: its directory and, while it runs, its process. `program` is the real one's, or OUR_PROGRAM."""
 
@@ -119,6 +126,7 @@ class Node:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def kill(self) -> None:
