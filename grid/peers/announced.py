@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
 
-from grid.errors import FormatError, PeerError
+from grid.errors import ConnectionLostError, FormatError, PeerError
 from grid.formats.announcement import Announcement
 from grid.formats.furl import Furl
+from grid.peers.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,16 @@ _FEATURES: Final = (
 _OLD_IMMUTABLE_SHARE_BYTES_MAX: Final = (1 << 32) - 1  # of servers too old to say
 
 
-class AnnouncedServer:
-    """The part of IStorageServer that needs no connection."""
+class _HasPulse(Protocol):
+    @property
+    def pulse(self) -> Pulse: ...
+
+
+_Connection = TypeVar("_Connection", bound=_HasPulse)
+
+
+class AnnouncedServer(Generic[_Connection]):
+    """The part of IStorageServer that is the same over each protocol; `_connection` is what the protocol keeps."""
 
     def __init__(self, announcement: Announcement, *, changed: Callable[[], None] = lambda: None) -> None:
         """Raises FormatError when the announcement has no usable FURL: its tub id is the seed of the lease secrets."""
@@ -39,6 +48,7 @@ class AnnouncedServer:
         self._furl: Furl = announcement.furl
         self._tub_id = announcement.furl.tub_id_bytes
         self._changed = changed
+        self._connection: _Connection | None = None
         self._version: Mapping[bytes, Any] = {}
         self._dialling_since: float | None = None
         self._failed_once = False
@@ -65,7 +75,27 @@ class AnnouncedServer:
 
     @property
     def connected(self) -> bool:
-        raise NotImplementedError
+        return self._connection is not None
+
+    @property
+    def responsive(self) -> bool:
+        """Connected, and not silent to what was asked of it."""
+        return self._connection is not None and self._connection.pulse.responsive
+
+    @property
+    def latency_s(self) -> float | None:
+        """Average time it took over small calls of late; None when nothing is known."""
+        return self._connection.pulse.latency_s if self._connection else None
+
+    def doubt(self) -> None:
+        """The connection may be dead without any sign of it: find out soon."""
+        if self._connection is not None:
+            self._connection.pulse.doubt()
+
+    def _connected(self) -> _Connection:
+        if self._connection is None:
+            raise ConnectionLostError(f"not connected to server {self.name}")
+        return self._connection
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}{'' if self.connected else ' (not connected)'}>"

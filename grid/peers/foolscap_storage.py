@@ -16,7 +16,7 @@ from typing import Any, Final
 import trio
 from attrs import field, frozen
 
-from grid.errors import ConnectionLostError, PeerError, RemoteFailure, RemoteProtocolError
+from grid.errors import PeerError, RemoteFailure, RemoteProtocolError
 from grid.formats.announcement import Announcement
 from grid.interfaces import IBucketReader, IBucketWriter, LeaseSecrets, SlotSecrets, SlotWrite
 from grid.peers import deadlines
@@ -45,33 +45,13 @@ class _Connection:
     canary: Referenceable = field(factory=Referenceable)
 
 
-class FoolscapStorageServer(AnnouncedServer):
+class FoolscapStorageServer(AnnouncedServer[_Connection]):
     """IStorageServer over RIStorageServer. `run()` keeps it connected."""
 
     def __init__(self, announcement: Announcement, *, keepalive_s: float, changed: Callable[[], None] = lambda: None):
         """Raises FormatError when the announcement has no usable FURL. `changed` is called at connect and loss."""
         super().__init__(announcement, changed=changed)
         self._keepalive_s = keepalive_s
-        self._connection: _Connection | None = None
-
-    @property
-    def connected(self) -> bool:
-        return self._connection is not None
-
-    @property
-    def responsive(self) -> bool:
-        """Connected, and not silent to what was asked of it."""
-        return self._connection is not None and self._connection.pulse.responsive
-
-    @property
-    def latency_s(self) -> float | None:
-        """Average time it took over small calls of late; None when nothing is known."""
-        return self._connection.pulse.latency_s if self._connection else None
-
-    def doubt(self) -> None:
-        """The connection may be dead without any sign of it: find out soon."""
-        if self._connection is not None:
-            self._connection.pulse.doubt()
 
     # --- being connected --------------------------------------------------------------------------------------------
 
@@ -122,11 +102,6 @@ class FoolscapStorageServer(AnnouncedServer):
             if error.short_type not in ("Violation", "AttributeError"):
                 raise
             self._version = {b"application-version": b"before 1.3"}  # the method is younger than that server
-
-    def _connected(self) -> _Connection:
-        if self._connection is None:
-            raise ConnectionLostError(f"not connected to server {self.name}")
-        return self._connection
 
     async def _call(
         self, method: str, *args: object, timeout_s: float, moved_bytes: int = 0, light: bool = False

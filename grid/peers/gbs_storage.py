@@ -59,7 +59,7 @@ class _Connection:
     nursery: trio.Nursery
 
 
-class GBSStorageServer(AnnouncedServer):
+class GBSStorageServer(AnnouncedServer[_Connection]):
     """IStorageServer over HTTP. `run()` keeps it connected."""
 
     def __init__(self, announcement: Announcement, *, changed: Callable[[], None] = lambda: None) -> None:
@@ -68,26 +68,6 @@ class GBSStorageServer(AnnouncedServer):
         self._nurls = gbs.usable_nurls(announcement.nurls)
         if not self._nurls:
             raise FormatError("a storage server is announced without a usable NURL")
-        self._connection: _Connection | None = None
-
-    @property
-    def connected(self) -> bool:
-        return self._connection is not None
-
-    @property
-    def responsive(self) -> bool:
-        """Connected, and not silent to what was asked of it."""
-        return self._connection is not None and self._connection.pulse.responsive
-
-    @property
-    def latency_s(self) -> float | None:
-        """Average time it took over small requests of late; None when nothing is known."""
-        return self._connection.pulse.latency_s if self._connection else None
-
-    def doubt(self) -> None:
-        """The connection may be dead without any sign of it: find out soon."""
-        if self._connection is not None:
-            self._connection.pulse.doubt()
 
     # --- being connected --------------------------------------------------------------------------------------------
 
@@ -208,11 +188,6 @@ class GBSStorageServer(AnnouncedServer):
         if answer.status != 200:
             raise failure(answer, "version")
         self._version = cbor_answer(answer, gbs_bodies.read_version)
-
-    def _connected(self) -> _Connection:
-        if self._connection is None:
-            raise ConnectionLostError(f"not connected to server {self.name}")
-        return self._connection
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
