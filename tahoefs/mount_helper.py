@@ -2,7 +2,7 @@
 
     mount.tahoefs WHAT DIR [-f] [-n] [-s] [-v] [-N NAMESPACE] [-t TYPE] [-o OPT[,OPT…]]
 
-It is `tahoefs mount` with what mount(8) adds taken out. One option is its own: `node_dir=DIR`, for `--node-dir`.
+It is `tahoefs mount` under the arguments of mount(8). One option is its own: `node_dir=DIR`, for `--node-dir`.
 
     -f    do everything but mount        -s    overlook unknown options
     -v    say what is done               -n    nothing to do: there is no mtab
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import getopt
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +28,6 @@ USAGE: Final = "usage: mount.tahoefs WHAT DIR [-fnsv] [-o OPT[,OPT...]]"
 EXIT_USAGE: Final = 1
 EXIT_FAILED: Final = 32
 PATH_DEFAULT: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-# What mount(8), fstab and systemd say among themselves, with a value; those without one are in options.IGNORED.
-_FOR_OTHERS: Final = re.compile(r"(x-|X-|comment=|user=|uhelper=|helper=|vers=).*|_rnetdev|silent|loud|(no)?iversion")
 
 
 class UsageError(Exception):
@@ -66,7 +62,7 @@ def parse_arguments(arguments: Sequence[str]) -> Request:
         name, _, value = item.partition("=")
         if name == "node_dir":
             node_dir = value
-        elif not _FOR_OTHERS.fullmatch(item) and not ("-s" in given and _is_unknown(item)):
+        elif not ("-s" in given and _is_unknown(item)):
             options.append(item)
     MountOptions.parse(options)
     return Request(names[0], names[1], tuple(options), node_dir, "-f" in given, "-v" in given)

@@ -1,7 +1,8 @@
 """Mount options: the text after `-o`, checked into one value.
 
 An unknown option, or a value that does not parse, is an error that names the option: nothing is ignored
-silently. Options of the FUSE layer itself are passed on as they are.
+silently. Options of the FUSE layer itself are passed on as they are; what mount(8), fstab and systemd say among
+themselves is understood here, for `tahoefs mount` and `mount.tahoefs` alike, and means nothing to us.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ PASSED_ON: Final = frozenset(
         "suid",
     }
 )
-# Spoken by mount(8), fstab and systemd; they mean nothing to a file system.
-IGNORED: Final = frozenset(
-    {"rw", "auto", "noauto", "user", "nouser", "users", "owner", "group", "defaults", "_netdev", "nofail"}
+# Spoken by mount(8), fstab and systemd among themselves; they mean nothing to a file system.
+FOR_OTHERS: Final = re.compile(
+    r"rw|(no)?auto|(no)?users?|owner|group|defaults|_r?netdev|nofail|silent|loud|(no)?iversion"
+    r"|[xX]-.*|(comment|user|uhelper|helper|vers)=.*",
+    re.DOTALL,
 )
 
 
@@ -70,14 +73,14 @@ class MountOptions:
         return options
 
     def _with(self, item: str) -> MountOptions:
+        if FOR_OTHERS.fullmatch(item):
+            return self
         name, equals, value = item.partition("=")
         if not equals:
             if name == "ro":
                 return evolve(self, read_only=True)
             if name in PASSED_ON:
                 return evolve(self, fuse=self.fuse | {name})
-            if name in IGNORED or name.startswith("x-"):
-                return self
         elif name in _VALUES:
             field_name, parse = _VALUES[name]
             try:

@@ -28,9 +28,8 @@ BARE = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # what a program started at bo
         (["home:", "/mnt", "-n", "-v", "-t", "fuse.tahoefs", "-o", "ro", "-o", "noatime"], ("ro", "noatime")),
         (
             ["home:", "/mnt", "-o", "noauto,_netdev,nofail,x-systemd.requires=a.service"],
-            ("noauto", "_netdev", "nofail"),
+            ("noauto", "_netdev", "nofail", "x-systemd.requires=a.service"),
         ),
-        (["home:", "/mnt", "-o", "user=me,comment=x,_rnetdev,ro"], ("ro",)),
         (["home:", "/mnt", "-s", "-o", "ro,nonsense,whatever=1"], ("ro",)),
     ],
 )

@@ -27,7 +27,12 @@ def test_allow_other_checks_permissions() -> None:
 
 
 def test_what_mount_and_fstab_add_is_ignored() -> None:
-    assert MountOptions.parse(("rw,noauto,_netdev,x-systemd.automount",)) == MountOptions()
+    words = "rw,auto,noauto,user,nouser,users,owner,group,defaults,_netdev,_rnetdev,nofail,silent,loud,noiversion"
+    values = "x-systemd.automount,x-foo=bar,X-mount.mkdir=0755,user=me,comment=my grid,uhelper=udisks2,vers=1"
+    assert MountOptions.parse((words, values)) == MountOptions()
+    for lookalike in ("rw=1", "xfoo=bar", "users=me", "netdev", "no_netdev"):
+        with pytest.raises(OptionError, match=lookalike.partition("=")[0]):
+            MountOptions.parse((lookalike,))
 
 
 @pytest.mark.parametrize(
