@@ -18,6 +18,7 @@ CLOSE_TIMEOUT_S: Final = 60.0
 SLOT_READ_TIMEOUT_S: Final = 60.0
 SLOT_WRITE_TIMEOUT_S: Final = 60.0
 ADVISE_TIMEOUT_S: Final = 10.0
+GIVING_BACK_TIMEOUT_S: Final = 10.0  # for shares of a cancelled upload, by who wants to upload the same
 ABANDONED_TIMEOUT_S: Final = 300.0  # for the answer to an allocation nobody waits for any more
 SLOWEST_BYTES_PER_S: Final = 16 << 10  # a line slower than this, to one server, is of no use
 

@@ -22,6 +22,7 @@ from grid.interfaces import IBucketReader, IBucketWriter, LeaseSecrets, SlotSecr
 from grid.peers import deadlines
 from grid.peers.announced import AnnouncedServer, bounded_version
 from grid.peers.buckets import READ_BYTES_MAX, FoolscapBucketReader, FoolscapBucketWriter, WriteWindow, advice
+from grid.peers.giving_back import GivingBack
 from grid.peers.pulse import Pulse
 from grid.peers.reconnect import Reconnector, keep_connected
 from grid.transports.tub import PendingCall, RemoteReference, Tub
@@ -43,6 +44,7 @@ class _Connection:
     window: WriteWindow
     # the server drops unfinished uploads when the connection this came over is lost
     canary: Referenceable = field(factory=Referenceable)
+    giving_back: GivingBack = field(factory=GivingBack)
 
 
 class FoolscapStorageServer(AnnouncedServer[_Connection]):
@@ -119,6 +121,7 @@ class FoolscapStorageServer(AnnouncedServer[_Connection]):
     async def allocate_buckets(
         self, storage_index: bytes, lease: LeaseSecrets, share_numbers: frozenset[int], allocated_size: int
     ) -> tuple[frozenset[int], dict[int, IBucketWriter]]:
+        await self._connected().giving_back.wait(storage_index)
         connection = self._connected()
         pending = connection.reference.send(
             "allocate_buckets",
@@ -136,7 +139,9 @@ class FoolscapStorageServer(AnnouncedServer[_Connection]):
             if self._connection is connection and not isinstance(error, RemoteFailure):
                 # Nobody waits any more, but the server may yet hand out writers, and would keep others from
                 # uploading these shares for half an hour if nobody gave them back.
-                connection.nursery.start_soon(self._give_back, connection, pending)
+                given_back = trio.Event()
+                connection.giving_back.note(storage_index, given_back)
+                connection.nursery.start_soon(self._give_back, connection, pending, given_back)
             raise
         writers: dict[int, IBucketWriter] = {}
         for number, reference in allocated.items():
@@ -147,11 +152,14 @@ class FoolscapStorageServer(AnnouncedServer[_Connection]):
                 await writer.abort()
         return frozenset(already), writers
 
-    async def _give_back(self, connection: _Connection, pending: PendingCall) -> None:
-        with suppress(PeerError):
-            _, allocated = await pending.result(timeout_s=deadlines.ABANDONED_TIMEOUT_S)
-            for reference in allocated.values():
-                await FoolscapBucketWriter(reference, connection.window, connection.pulse).abort()
+    async def _give_back(self, connection: _Connection, pending: PendingCall, given_back: trio.Event) -> None:
+        try:
+            with suppress(PeerError):
+                _, allocated = await pending.result(timeout_s=deadlines.ABANDONED_TIMEOUT_S)
+                for reference in allocated.values():
+                    await FoolscapBucketWriter(reference, connection.window, connection.pulse).abort()
+        finally:
+            given_back.set()  # or the connection is lost, and the server forgets what came over it
 
     async def get_buckets(self, storage_index: bytes) -> dict[int, IBucketReader]:
         connection = self._connected()

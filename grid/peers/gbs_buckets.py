@@ -18,6 +18,7 @@ import trio
 
 from grid.errors import ConnectionLostError, FormatError, PeerError, RemoteFailure, RemoteProtocolError
 from grid.peers import deadlines
+from grid.peers.giving_back import GivingBack
 from grid.peers.http_pool import ConnectionPool
 from grid.transports.http import ERROR_BYTES_MAX, Answer
 from grid.wire import gbs, gbs_bodies
@@ -53,6 +54,7 @@ class Uploads:
         self._bytes_in_flight = 0
         self._progress = trio.lowlevel.ParkingLot()
         self._open: set[GBSBucketWriter] = set()
+        self._giving_back = GivingBack()
         self._ended = False
 
     def writer(self, storage_index: bytes, number: int, secret: bytes, size: int) -> GBSBucketWriter:
@@ -103,8 +105,13 @@ class Uploads:
         if self._ended:
             done.set()
         else:
+            self._giving_back.note(storage_index, done)
             self._nursery.start_soon(self._abort, storage_index, number, secret, done)
         return done
+
+    async def wait_until_given_back(self, storage_index: bytes) -> None:
+        """Before shares of it are allocated anew."""
+        await self._giving_back.wait(storage_index)
 
     async def _abort(self, storage_index: bytes, number: int, secret: bytes, done: trio.Event) -> None:
         try:

@@ -198,6 +198,7 @@ class GBSStorageServer(AnnouncedServer[_Connection]):
     async def allocate_buckets(
         self, storage_index: bytes, lease: LeaseSecrets, share_numbers: frozenset[int], allocated_size: int
     ) -> tuple[frozenset[int], dict[int, IBucketWriter]]:
+        await self._connected().uploads.wait_until_given_back(storage_index)
         uploads = self._connected().uploads
         secret = random_secrets.token_bytes(UPLOAD_SECRET_BYTES)
         try:

@@ -13,6 +13,7 @@ import random
 import secrets
 
 import pytest
+import trio
 
 from grid.errors import GridError, PeerError, RemoteFailure
 from grid.interfaces import IBucketWriter, IStorageServer, LeaseSecrets, SlotSecrets, SlotWrite, TestVector
@@ -96,6 +97,26 @@ class StorageConformance:
         await writer.close()
         found = await (await server.get_buckets(si))[0].read(0, 2_000_000)
         assert found == bytes(1_500_000) + b"middle" + bytes(2_000_000 - 1_500_006)
+
+    async def test_what_was_given_up_is_allocated_anew_at_once(self, server: IStorageServer, si: bytes) -> None:
+        numbers = {0, 1, 2}
+        for writer in (await allocate(server, si, numbers, 10)).values():
+            await writer.abort()
+        for checkpoints in (0, 1, 3, 10, 30, 100, 300):  # an allocation cancelled sooner or later, or in time
+            in_time: list[IBucketWriter] = []
+
+            async def begin(in_time: list[IBucketWriter] = in_time) -> None:
+                in_time += (await allocate(server, si, numbers, 10)).values()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(begin)
+                for _ in range(checkpoints):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            for writer in in_time:
+                await writer.abort()
+            for writer in (await allocate(server, si, numbers, 10)).values():
+                await writer.abort()
 
     async def test_what_is_held_and_what_is_being_written_is_not_allocated_again(
         self, server: IStorageServer, si: bytes
