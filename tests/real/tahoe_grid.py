@@ -92,7 +92,11 @@ OUR_PROGRAM = (sys.executable, "-m", "tahoefs.cli", "run")
 
 
 def _end_with_parent() -> None:
-    """In a new child: the kernel kills it when the test run dies, however that dies."""
+    """In a new child: the kernel kills it when the test run dies, however that dies.
+
+    To the kernel that is the thread that started it: so no node is started by a
+    worker thread, which ends when it is idle.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -152,7 +152,7 @@ async def target(tmp_path: Path) -> AsyncIterator[Target]:
     """With two clients at work on it, for as long as the test takes; and not larger at the end than after a while."""
     node = StorageNode(tmp_path / "node")
     try:
-        await trio.to_thread.run_sync(node.start)
+        node.start()
         async with AsyncExitStack() as stack:
             servers = [await stack.enter_async_context(node.joined(http=http)) for http in (True, False)]
             good = [Good(server, f"good {number}") for number, server in enumerate(servers)]

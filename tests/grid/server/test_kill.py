@@ -110,7 +110,7 @@ async def test_killed_under_load(tmp_path: Path) -> None:
     node = StorageNode(tmp_path / "node")
     try:
         for round_number in range(ROUNDS):
-            await trio.to_thread.run_sync(node.start)
+            node.start()
             async with node.joined(http=bool(round_number % 2)) as client:
                 await check(client, expected)
                 async with trio.open_nursery() as nursery:
@@ -120,7 +120,7 @@ async def test_killed_under_load(tmp_path: Path) -> None:
                         nursery.start_soon(until_lost, write_slots, client, expected, slot)
                     await trio.sleep(rng.uniform(0.05, ROUND_S_MAX))  # any moment will do: it is that of the kill
                     await trio.to_thread.run_sync(node.kill)
-        await trio.to_thread.run_sync(node.start)
+        node.start()
         # nothing is left over but what is served
         assert list((node.storage / "shares" / "incoming").iterdir()) == []
         for http in (True, False):
