@@ -15,7 +15,8 @@ def _none(text: str | None) -> str | None:
 class WorkspaceOptions:
     """Every bound a user may want to move. The defaults suit a desktop."""
 
-    cache_bytes: int = 64 * _MIB  # verified ciphertext held in memory
+    cache_bytes: int = 5 << 30  # verified ciphertext kept on the local disk, for all mounts of a node directory
+    memory_bytes: int = 64 * _MIB  # of it at most: held in memory as well
     journal_bytes: int = 10 << 30  # open and unsent files on the local disk; writers wait, then SpoolFullError
     keep_bytes: int = 512 * _MIB  # of journal_bytes at most: files already stored, kept to be read back
     spool_wait_s: float = 20.0  # how long a writer waits for room in the spool

@@ -18,6 +18,7 @@ here holds one; see `cache/committer.py` for the publishes.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
@@ -29,11 +30,13 @@ from weakref import WeakValueDictionary
 import trio
 from cachetools import LRUCache, TTLCache
 
+from cache.block_store import BlockStore
 from cache.blocks import BlockCache
 from cache.committer import Committer
 from cache.contents import FileTooLargeError, WritableContents
 from cache.convergence import FileEncoding
 from cache.directories import Change, Directory, Entry, Kind, Target, cap_of
+from cache.disk_tier import DiskTier
 from cache.journal import Journal
 from cache.layers import BytesContents, Contents
 from cache.options import WorkspaceOptions
@@ -58,10 +61,13 @@ from grid.formats.segments import LITERAL_BYTES_MAX
 
 Position: TypeAlias = int
 
+log = logging.getLogger(__name__)
+
 PENDING_CHANGES_MAX: Final = 200_000  # names not on the grid yet; writers wait, then JournalFullError
 JOURNAL_WAIT_S: Final = 20.0
 LISTED_ENTRIES_MAX: Final = 50_000  # some 60 MB, over all directories that are kept listed though nobody holds them
 SIZES_MAX: Final = 10_000  # mutable files whose size is remembered
+DISK_BYTES_MIN: Final = 4 << 20  # a cache that may have less is in memory only
 ERRORS_MAX: Final = 50  # shown in status
 UPLOADS_SHOWN_MAX: Final = 50
 
@@ -70,14 +76,21 @@ class Workspace:
     """Made by `open_workspace`, and of no use once that has ended."""
 
     def __init__(
-        self, nursery: trio.Nursery, client: Any, root: DirectoryCap, spool: Spool, options: WorkspaceOptions
+        self,
+        nursery: trio.Nursery,
+        client: Any,
+        root: DirectoryCap,
+        spool: Spool,
+        disk: DiskTier | None,
+        options: WorkspaceOptions,
     ) -> None:
         k, happy, n = client.node.encoding
         self._client = client
         self._spool = spool
         self._options = options
         self._encoding = FileEncoding(k, happy, n, client.node.convergence if options.convergent else None)
-        self._blocks = BlockCache(nursery, options.cache_bytes)
+        self._disk = disk
+        self._blocks = BlockCache(nursery, min(options.memory_bytes, options.cache_bytes), disk)
         self._prefetcher = Prefetcher(nursery, client, self._blocks)
         self._journal = Journal(PENDING_CHANGES_MAX)
         self._table: WeakValueDictionary[Cap, Directory] = WeakValueDictionary()
@@ -87,6 +100,8 @@ class Workspace:
         self._committer = Committer(nursery, client, spool, self._journal, self._table, options)
         self._drained = False
         nursery.start_soon(self._committer.run)
+        if disk is not None:
+            nursery.start_soon(disk.run)
         self.root = self._table[root] = Directory(root, path="/")
 
     @property
@@ -390,8 +405,8 @@ class Workspace:
             ],
             "journal": {"bytes": self._spool.used_bytes, "limit": self._spool.limit_bytes},
             "cache": {
-                "bytes": self._blocks.held_bytes,
-                "limit": self._blocks.limit_bytes,
+                "bytes": self._disk.used_bytes if self._disk is not None else self._blocks.held_bytes,
+                "limit": self._options.cache_bytes,
                 "hits": self._blocks.hits,
                 "misses": self._blocks.misses,
             },
@@ -415,20 +430,35 @@ async def open_workspace(
     if not isinstance(root, DirectoryCap) or root.is_verifier:
         raise WrongKindError("only a directory can be mounted")
     spool = Spool.open(state_dir, limit_bytes=options.journal_bytes, keep_bytes=options.keep_bytes)
+    disk: DiskTier | None = None
     failure: BaseException | None = None
     try:
+        disk = await _open_disk(state_dir, options.cache_bytes)
         async with trio.open_nursery() as nursery:
             try:
-                yield Workspace(nursery, client, root, spool, options)
+                yield Workspace(nursery, client, root, spool, disk, options)
             except trio.Cancelled:
                 raise
             except BaseException as error:  # noqa: BLE001  raised again below, not in a group
                 failure = error
             nursery.cancel_scope.cancel()
     finally:
+        if disk is not None:
+            disk.close()
         spool.close()
     if failure is not None:
         raise failure
+
+
+async def _open_disk(state_dir: Path, limit_bytes: int) -> DiskTier | None:
+    """None, and a line in the log, when there can be no cache on the disk: the mount works without."""
+    if limit_bytes < DISK_BYTES_MIN:
+        return None
+    try:
+        return DiskTier(await trio.to_thread.run_sync(BlockStore.open, state_dir / "cache", limit_bytes))
+    except OSError as error:
+        log.warning("there is no block cache on disk: %s", error)
+        return None
 
 
 def _existing(directory: Directory, name: str) -> Entry:

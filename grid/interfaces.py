@@ -309,6 +309,12 @@ class IReadableSnapshot(Protocol):
         """Empty for immutable files; seqnum and root hash of a mutable file's version."""
 
     @property
+    def cache_secret(self) -> bytes | None:
+        """32 bytes that follow from the read key: who keeps segments can prove with it, later, that they are the
+        ones that were verified. None for literals.
+        """
+
+    @property
     def size(self) -> int: ...
 
     async def get_segment_size(self) -> int:

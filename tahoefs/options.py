@@ -52,7 +52,7 @@ class MountOptions:
     gid: int | None = None
     umask: int | None = None  # bits; None: that of the mounting process
     cache_dir: Path | None = None
-    cache_size: int = 64 << 20  # bytes of verified ciphertext kept in memory
+    cache_size: int = 5 << 30  # bytes of verified ciphertext kept on the local disk
     journal_size: int = 10 << 30  # bytes waiting to be sent, on the local disk
     durability: str = "journal"
     mutable: str = "none"

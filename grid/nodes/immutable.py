@@ -15,12 +15,14 @@ from attrs import field, frozen
 
 from grid.crypto import aes_ctr
 from grid.errors import GridError
+from grid.formats import hashutil
 from grid.formats.caps import CHKReadCap, CHKVerifyCap, LiteralCap
 from grid.formats.segments import div_ceil
 from grid.interfaces import IDownloadTarget, IReadableSnapshot, IStorageBroker
 from grid.operations.download import ImmutableDownload
 from grid.operations.worker import run_cpu_work
 
+CACHE_TAG: Final = b"tahoefs_immutable_cache_v1"
 SEGMENTS_AT_ONCE: Final = 3  # fetched side by side while as many before them are handed on
 
 
@@ -30,6 +32,7 @@ class LiteralSnapshot:
 
     _data: bytes = field(repr=False)
     storage_index: None = None
+    cache_secret: None = None
     version: bytes = b""
 
     @property
@@ -66,6 +69,10 @@ class ImmutableSnapshot:
     @property
     def storage_index(self) -> bytes:
         return self._cap.storage_index
+
+    @property
+    def cache_secret(self) -> bytes:
+        return hashutil.tagged_hash(CACHE_TAG, self._cap.key)
 
     @property
     def size(self) -> int:

@@ -55,6 +55,7 @@ CHUNKS_IN_FLIGHT: Final = 4  # per share
 WHOLE_TREE_BYTES: Final = 16 << 10  # a block hash tree up to this size is fetched at once
 SEGMENTS_IN_FLIGHT: Final = 4  # when a whole MDMF file is read
 
+CACHE_TAG: Final = b"tahoefs_mutable_cache_v1"
 _MDMF_TAG: Final = b"tahoefs_mdmf_segment_salt_v1"
 
 Block = tuple[bytes, memoryview]  # salt and block
@@ -98,6 +99,10 @@ class MutableVersion:
     @property
     def storage_index(self) -> bytes:
         return self._storage_index
+
+    @property
+    def cache_secret(self) -> bytes:
+        return hashutil.tagged_hash(CACHE_TAG, self._readkey)
 
     @property
     def version(self) -> bytes:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -10,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
+from cache.block_store import BlockStore
 from cache.blocks import PREFETCH_BYTES_MAX, BlockCache
+from cache.disk_tier import QUEUE_BYTES_MAX, BlockName, DiskTier
 from cache.readahead import WINDOW_BYTES_MAX, ReadAhead
 from cache.snapshots import SnapshotContents
 from grid.crypto import aes_ctr
@@ -23,6 +28,7 @@ class Snapshot:
     """A file whose segments come when the test lets them."""
 
     version = b""
+    cache_secret = bytes(32)
 
     def __init__(self, data: bytes, segment_size: int, name: bytes = b"one") -> None:
         self.storage_index = name
@@ -191,3 +197,55 @@ def test_read_ahead_grows_while_reading_on() -> None:
     shuffled = [0, 2, 1, 3, 5, 4, 6, 7, 9, 8]  # two reads in flight change places
     ahead = ReadAhead()
     assert len([ahead.note(place * step, step, segment, 1 << 30) for place in shuffled][-1]) >= 1
+
+
+@asynccontextmanager
+async def _disk(folder: Path) -> AsyncIterator[DiskTier]:
+    tier = DiskTier(BlockStore.open(folder, 8 << 20))
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tier.run)
+            yield tier
+            nursery.cancel_scope.cancel()
+    finally:
+        tier.close()
+
+
+class Unreachable(Snapshot):
+    """The same file when the grid is down: only what a cache holds can be read."""
+
+    async def get_segment_size(self) -> int:
+        raise NotEnoughSharesError(3, 0)
+
+    async def get_segment(self, number: int) -> bytes:
+        raise NotEnoughSharesError(3, 0)
+
+
+@pytest.mark.parametrize("part", [(0, 10_000), (4000, 3000), (0, 100)])
+async def test_what_was_read_is_on_the_disk(tmp_path: Path, part: tuple[int, int], nursery: trio.Nursery) -> None:
+    """Also of a file of which only some segments in the middle were read."""
+    offset, length = part
+    async with _disk(tmp_path) as disk:
+        contents = SnapshotContents(Snapshot(DATA, 1000), BlockCache(nursery, 5000, disk))
+        assert await contents.read(offset, length) == DATA[offset : offset + length]
+        again = SnapshotContents(Unreachable(DATA, 1000), BlockCache(nursery, 5000, disk))
+        assert await again.read(offset, length) == DATA[offset : offset + length]  # perhaps not written yet
+    async with _disk(tmp_path) as disk:
+        blocks = BlockCache(nursery, 5000, disk)
+        again = SnapshotContents(Unreachable(DATA, 1000), blocks)
+        assert await again.read(offset, length) == DATA[offset : offset + length]
+        assert blocks.misses == 0 and blocks.hits == -(-length // 1000)
+        with pytest.raises(NotEnoughSharesError):
+            await SnapshotContents(Other(DATA, 1000, b"two"), blocks).read(0, 10)
+
+
+class Other(Unreachable):
+    cache_secret = b"?" * 32
+
+
+async def test_a_disk_that_is_slower_than_the_grid_is_left_out(tmp_path: Path) -> None:
+    tier = DiskTier(BlockStore.open(tmp_path, 1 << 30))  # nothing writes
+    size = 1 << 20
+    kept = [tier.put(BlockName.of(bytes(32), b"", number), size, bytes(size)) for number in range(40)]
+    assert kept == [True] * (QUEUE_BYTES_MAX // size) + [False] * (40 - QUEUE_BYTES_MAX // size)
+    tier.close()

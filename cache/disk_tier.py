@@ -1,0 +1,112 @@
+"""The block store as the event loop sees it: reads in worker threads, writes later and in batches.
+
+What is to be kept waits in a queue and is read from there meanwhile. When the disk is slower than the grid the queue
+is full and blocks are left out: they are a cache. What is queued when the mount ends is still written, for a moment.
+
+No locks: the queue is changed between awaits only. One task, `run`, writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+import trio
+from attrs import frozen
+
+from cache.block_packs import Record
+from cache.block_store import BlockStore
+
+QUEUE_BYTES_MAX: Final = 32 << 20  # waiting to be written; more is left out
+BATCH_BYTES: Final = 4 << 20  # written in one hop to a thread
+READS_AT_ONCE: Final = 8
+FLUSH_TIMEOUT_S: Final = 5.0  # for writing what is queued when the mount ends
+
+
+@frozen
+class BlockName:
+    """What a block is kept under. `secret` follows from the file's read key, `key` from that and what it is."""
+
+    key: bytes
+    secret: bytes
+
+    @classmethod
+    def of(cls, secret: bytes, version: bytes, number: int) -> BlockName:
+        """`version`: empty for immutable files. `number`: of the segment, or one of those set aside above 2^63."""
+        digest = hashlib.sha256(secret + bytes([len(version)]) + version + number.to_bytes(8, "big"))
+        return cls(digest.digest(), secret)
+
+
+class DiskTier:
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+        self._queue: dict[BlockName, Record] = {}
+        self._queued_bytes = 0
+        self._waiting = trio.Event()
+        self._readers = trio.CapacityLimiter(READS_AT_ONCE)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._store.used_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._store.limit_bytes
+
+    def close(self) -> None:
+        """When nobody reads or writes any more."""
+        self._store.close()
+
+    async def get(self, *names: BlockName) -> Record | None:
+        """The first of them that is here."""
+        for name in names:
+            if (record := self._queue.get(name)) is not None:
+                return record
+        return await trio.to_thread.run_sync(self._get, names, limiter=self._readers)
+
+    def _get(self, names: tuple[BlockName, ...]) -> Record | None:
+        for name in names:
+            if (record := self._store.get(name.key, name.secret)) is not None:
+                return record
+        return None
+
+    def put(self, name: BlockName, segment_size: int, payload: bytes | memoryview) -> bool:
+        """Keep it, soon. False: too much waits to be written."""
+        size = len(payload)
+        if self._queued_bytes + size > QUEUE_BYTES_MAX or size > self._store.record_bytes_max:
+            return False
+        if (replaced := self._queue.pop(name, None)) is not None:
+            self._queued_bytes -= len(replaced.payload)
+        self._queue[name] = Record(segment_size, memoryview(payload))
+        self._queued_bytes += size
+        self._waiting.set()
+        return True
+
+    async def run(self) -> None:
+        """Write what is queued, until cancelled."""
+        try:
+            while True:
+                await self._waiting.wait()
+                self._waiting = trio.Event()
+                await self._write_all()
+        finally:
+            with trio.move_on_after(FLUSH_TIMEOUT_S, shield=True):
+                await self._write_all()
+
+    async def _write_all(self) -> None:
+        while self._queue:
+            batch, size = [], 0
+            for item in self._queue.items():
+                batch.append(item)
+                size += len(item[1].payload)
+                if size >= BATCH_BYTES:
+                    break
+            await trio.to_thread.run_sync(self._write, batch)
+            for name, record in batch:
+                if self._queue.get(name) is record:  # else a newer one took its place meanwhile
+                    del self._queue[name]
+                    self._queued_bytes -= len(record.payload)
+
+    def _write(self, batch: list[tuple[BlockName, Record]]) -> None:
+        for name, record in batch:
+            self._store.put(name.key, name.secret, record.segment_size, record.payload)
