@@ -90,7 +90,7 @@ class Committer:
         self._publishing = 0
         self._kick = trio.Event()
         self._urgent: dict[object, int] = {}  # waiter -> position
-        self.uploads = Uploads(nursery, client, spool, options, self._uploaded, self.retry_delay_s)
+        self.uploads = Uploads(nursery, client, spool, options, self._uploaded, self.retry_delay_s, self._is_awaited)
         self.replacements = Replacements(nursery, client, journal, self.retry_delay_s)
         self.publishes = 0
         self.conflicts = 0
@@ -351,12 +351,23 @@ class Committer:
         for directory, state in list(self._dirty.items()):
             state.retry_at = 0.0
             self._touch(directory)
-        self.uploads.retry_now()
+        self.uploads.hurry()
         self.replacements.retry_now()
         try:
             yield
         finally:
             del self._urgent[token]
+
+    def _is_awaited(self, file: PendingFile) -> bool:
+        upto = max(self._urgent.values(), default=0)
+        return any(change.position <= upto for change in file.links)
+
+    def linking(self) -> Iterator[PendingFile]:
+        """Files that are stored, under names that are not on the grid yet."""
+        for directory in self._dirty:
+            for change in directory.changes.values():
+                if isinstance(change.target, PendingFile) and change.target.cap is not None:
+                    yield change.target
 
     def _failing(self) -> Iterator[tuple[Any, int]]:
         """What fails now, with the position of the oldest operation that waits for it."""

@@ -21,6 +21,8 @@ class WorkspaceOptions:
     keep_bytes: int = 512 * _MIB  # of journal_bytes at most: files already stored, kept to be read back
     spool_wait_s: float = 20.0  # how long a writer waits for room in the spool
     poll_s: float = 5.0  # how long the size of a mutable file is believed
+    settle_s: float = 1.0  # a file is sent when it has rested this long; at once when somebody waits for it …
+    settle_latest_s: float = 10.0  # … or when it has not been sent for this long although it keeps changing
     publish_quiet_s: float = 1.0  # a directory is published when it has rested this long …
     publish_latest_s: float = 5.0  # … or when its oldest ready change is this old (doubling while it stays busy)
     new_directory_latest_s: float = 30.0  # the same for a directory's first publish, which should hold all it has

@@ -5,12 +5,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import trio
+from attrs import define
 
 from cache.sealed import SealedFile
+from cache.throughput import Meter
 from grid.formats.caps import Cap
 
 if TYPE_CHECKING:
     from cache.directories import Change
+
+
+@define
+class UploadProgress:
+    """IUploadProgress: how far the upload under way is. Bytes are of shares, which are n/k times the file's."""
+
+    meter: Meter
+    shares_placed: int = 0
+    shares_total: int = 0  # 0 until the servers are chosen
+    pushed_bytes: int = 0
+    push_bytes: int = 0
+
+    def begin(self, placed: int, total: int, push_bytes: int) -> None:
+        self.shares_placed, self.shares_total, self.push_bytes = placed, total, push_bytes
+
+    def pushed(self, count: int) -> None:
+        self.pushed_bytes += count
+        self.meter.add(count, trio.current_time())
+
+    def placed(self) -> None:
+        self.shares_placed += 1
+
+    @property
+    def fraction(self) -> float:
+        return min(self.pushed_bytes / self.push_bytes, 1.0) if self.push_bytes else 0.0
+
+
+Stage = Literal["queued", "encoding", "pushing", "linking"]
 
 
 class PendingFile:
@@ -23,8 +53,8 @@ class PendingFile:
         self.cap: Cap | None = None  # once stored
         self.error: Exception | None = None  # the last failure, until it succeeds
         self.attempts = 0  # that failed
-        self.stage: Literal["queued", "hashing", "pushing", "linking"] = "queued"
-        self.stored_shares = 0
+        self.sending = False  # its upload is under way
+        self.progress: UploadProgress | None = None  # of that upload, or of the one that stored it
         self.links: set[Change] = set()  # pending LINKs to it
         self.scope: trio.CancelScope | None = None  # of the upload under way
         self.queued = False
@@ -37,6 +67,21 @@ class PendingFile:
         if self.cap is not None:
             return "stored"
         return "failed" if self.error is not None else "pending"
+
+    @property
+    def stage(self) -> Stage:
+        if self.cap is not None:
+            return "linking"
+        if not self.sending:
+            return "queued"
+        return "pushing" if self.progress is not None and self.progress.shares_total else "encoding"
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Of its contents; what is on its way to servers counts as sent."""
+        if self.cap is not None:
+            return 0
+        return self.size if self.progress is None else round(self.size * (1 - self.progress.fraction))
 
     @property
     def wanted(self) -> bool:

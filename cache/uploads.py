@@ -1,5 +1,8 @@
 """Pending files on their way: small ones are not held up by big ones, and each is tried until it is there.
 
+    queue ─► resting (cache/settling.py) ─► small or big line ─► upload ─► stored
+                └─ at once when somebody waits for it  └───── back-off ◄─┘ failed
+
 No locks: queues and sets are changed between awaits only.
 """
 
@@ -13,9 +16,11 @@ from typing import Any, Final
 import trio
 
 from cache.options import WorkspaceOptions
-from cache.pending import PendingFile
+from cache.pending import PendingFile, UploadProgress
 from cache.sealed import SealedFile, SpoolUploadable
+from cache.settling import Settling
 from cache.spool import Spool
+from cache.throughput import Meter
 from grid.errors import GridError, WrongKindError
 from grid.formats.caps import Cap, LiteralCap, parse_known_cap
 from grid.formats.segments import LITERAL_BYTES_MAX
@@ -25,6 +30,7 @@ log = logging.getLogger(__name__)
 SMALL_BYTES: Final = 1 << 20  # files up to here are small
 SMALL_AT_ONCE: Final = 8
 BIG_AT_ONCE: Final = 2
+RESTING_NEW_MAX: Final = 8  # files stored for the first time that wait whether they are stored again; more need not
 MUTABLE_BYTES_MAX: Final = 64 << 20  # a mutable file is held in memory whole
 
 
@@ -39,6 +45,7 @@ class Uploads:
         options: WorkspaceOptions,
         ended: Callable[[PendingFile], None],
         retry_delay_s: Callable[[int], float],
+        is_awaited: Callable[[PendingFile], bool],
     ) -> None:
         self._nursery = nursery
         self._client = client
@@ -46,25 +53,53 @@ class Uploads:
         self._options = options
         self._ended = ended
         self._retry_delay_s = retry_delay_s
+        self._is_awaited = is_awaited
         self._small: deque[PendingFile] = deque()
         self._big: deque[PendingFile] = deque()
         self._running = {True: 0, False: 0}  # small?: tasks
         self._files: dict[PendingFile, None] = {}  # all that are not stored yet
+        self._settling = Settling(options.settle_s, options.settle_latest_s, trio.current_time)
+        self._resting: dict[PendingFile, trio.CancelScope] = {}  # not in line yet; in it once the scope has ended
+        self._resting_new: dict[PendingFile, None] = {}  # of these, those not known to keep changing, oldest first
         self._retry = trio.Event()
         self.failing: dict[PendingFile, None] = {}
         self.stored = 0
+        self.meter = Meter()  # of bytes of shares that were pushed
 
     def queue(self, file: PendingFile) -> None:
-        """See that it gets uploaded, if that is not under way."""
+        """See that it gets uploaded, if that is not under way. Also when it gets another name."""
         if file.sealed is None:
             raise GridError("this file was dropped before it was stored")
         self._files[file] = None
+        due, keeps_changing = self._settling.note(file)
         if not file.queued:
             file.queued = True
+            self._resting[file] = scope = trio.CancelScope(deadline=due)
+            self._nursery.start_soon(self._rest, file, scope)
+            if not keeps_changing:
+                self._resting_new[file] = None
+        elif (resting := self._resting.get(file)) is not None:
+            resting.deadline = max(resting.deadline, due)
+        if keeps_changing:
+            self._resting_new.pop(file, None)
+        if len(self._resting_new) > RESTING_NEW_MAX:  # many files are being copied in: they need not wait
+            self._end_rest(next(iter(self._resting_new)))
+        if file in self._resting and self._is_awaited(file):
+            self._end_rest(file)
+
+    async def _rest(self, file: PendingFile, scope: trio.CancelScope) -> None:
+        with scope:
+            await trio.sleep_forever()
+        self._end_rest(file)
+        if file.wanted:
             self._line_up(file)
 
+    def _end_rest(self, file: PendingFile) -> None:
+        self._resting_new.pop(file, None)
+        if (scope := self._resting.pop(file, None)) is not None:
+            scope.cancel()
+
     def _line_up(self, file: PendingFile) -> None:
-        file.stage = "queued"
         (self._small if file.size <= SMALL_BYTES else self._big).append(file)
         self._start()
 
@@ -72,13 +107,19 @@ class Uploads:
         """Nobody wants it any more: its upload is cancelled, its bytes are let go."""
         self._files.pop(file, None)
         self.failing.pop(file, None)
+        self._settling.dropped(file)
+        self._end_rest(file)
         if file.scope is not None:
             file.scope.cancel()
         if file.cap is None and file.sealed is not None:
             sealed, file.sealed = file.sealed, None
             sealed.release()
 
-    def retry_now(self) -> None:
+    def hurry(self) -> None:
+        """Somebody waits: what failed is tried again, and what he waits for rests no longer."""
+        for file in list(self._resting):
+            if self._is_awaited(file):
+                self._end_rest(file)
         self._retry.set()
         self._retry = trio.Event()
 
@@ -96,6 +137,7 @@ class Uploads:
 
     async def _try(self, file: PendingFile, scope: trio.CancelScope, small: bool) -> None:
         error: Exception | None = None
+        file.sending = True
         try:
             with scope:
                 if (sealed := file.sealed) is not None:
@@ -104,6 +146,7 @@ class Uploads:
             error = problem
         finally:
             file.scope = None
+            file.sending = False
             self._running[small] -= 1
             self._start()
         if error is not None and file.wanted:
@@ -116,7 +159,6 @@ class Uploads:
             if not sealed.complete:
                 await sealed.fill(self._spool, self._options.spool_wait_s)
             if self._options.mutable is not None and file.size <= MUTABLE_BYTES_MAX:
-                file.stage = "pushing"
                 # MDMF cannot be made yet; SDMF is read by all the same.
                 text = await self._client.create_mutable_file(await read_all(sealed), format="sdmf")
                 return parse_known_cap(text)
@@ -129,22 +171,21 @@ class Uploads:
     async def _upload(self, file: PendingFile, sealed: SealedFile) -> Cap:
         uploadable = SpoolUploadable(sealed)
         try:
-            file.stage = "hashing"
+            file.progress = UploadProgress(self.meter)
             await uploadable.get_encryption_key()
-            file.stage = "pushing"
-            results = await self._client.upload(uploadable)
+            results = await self._client.upload(uploadable, file.progress)
         finally:
             with trio.CancelScope(shield=True):  # lets go of a descriptor, waits for nothing
                 await uploadable.close()
-        file.stored_shares = len(results.sharemap)
         cap = parse_known_cap(results.uri)
         if cap.is_mutable or cap.is_directory:
             raise WrongKindError("the grid made something else than a file")
         return cap
 
     def _succeeded(self, file: PendingFile, sealed: SealedFile, cap: Cap) -> None:
-        file.cap, file.error, file.attempts, file.stage = cap, None, 0, "linking"
+        file.cap, file.error, file.attempts = cap, None, 0
         self.stored += 1
+        self._settling.sent(file)
         self._files.pop(file, None)
         self.failing.pop(file, None)
         file.sealed = None
@@ -156,7 +197,7 @@ class Uploads:
     def _failed(self, file: PendingFile, error: Exception) -> None:
         file.error = error
         file.attempts += 1
-        file.stage = "queued"
+        file.progress = None
         self.failing[file] = None
         if isinstance(error, GridError | OSError):
             log.warning("storing a file of %d bytes failed, attempt %d: %s", file.size, file.attempts, error)

@@ -17,6 +17,7 @@ here holds one; see `cache/committer.py` for the publishes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -382,7 +383,8 @@ class Workspace:
     def status(self) -> dict[str, Any]:
         """Plain values, for people and JSON; holds no cap."""
         committer, uploads = self._committer, self._committer.uploads
-        pending = list(uploads.pending())
+        pending = list({**dict.fromkeys(uploads.pending()), **dict.fromkeys(committer.linking())})
+        shown = itertools.islice(sorted(pending, key=lambda file: file.stage == "queued"), UPLOADS_SHOWN_MAX)
         replacements = list(committer.replacements)
         now = time.time()
         errors = [(now, path, str(error)) for path, error in committer.errors()][:ERRORS_MAX]
@@ -390,19 +392,24 @@ class Workspace:
         return {
             "pending": {
                 "files": len(pending) + len(replacements),
-                "bytes": sum(file.size for file in pending) + sum(r.size for r in replacements),
+                "bytes": sum(file.unsent_bytes for file in pending) + sum(r.size for r in replacements),
                 "directories": committer.dirty_directories,
             },
             "uploads": [
                 {
                     "name": file.name,
                     "bytes": file.size,
+                    "unsent_bytes": file.unsent_bytes,
                     "stage": file.stage,
-                    "shares_placed": file.stored_shares,
+                    "shares_placed": file.progress.shares_placed if file.progress is not None else 0,
                     "shares_total": self._encoding.n,
                 }
-                for file in pending[:UPLOADS_SHOWN_MAX]
+                for file in shown
             ],
+            "throughput": {
+                "pushed_bytes": uploads.meter.total,
+                "pushed_bytes_per_s": round(uploads.meter.rate(trio.current_time())),
+            },
             "journal": {"bytes": self._spool.used_bytes, "limit": self._spool.limit_bytes},
             "cache": {
                 "bytes": self._disk.used_bytes if self._disk is not None else self._blocks.held_bytes,

@@ -19,7 +19,14 @@ import trio
 from grid.errors import GridUnreachableError, WrongKindError
 from grid.formats.caps import Cap
 from grid.formats.segments import MAX_SEGMENT_BYTES
-from grid.interfaces import IDownloadTarget, IStorageServer, IUploadable, LeaseSecrets, SlotSecrets
+from grid.interfaces import (
+    IDownloadTarget,
+    IStorageServer,
+    IUploadable,
+    IUploadProgress,
+    LeaseSecrets,
+    SlotSecrets,
+)
 from grid.node_directory import NodeDirectory
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.nodemaker import MutableFormat, NodeMaker
@@ -64,9 +71,9 @@ class GridClient:
     def slot_secrets(self, writekey: bytes, storage_index: bytes, server: IStorageServer) -> SlotSecrets:
         return self._secrets.slot(writekey, storage_index, server.tub_id)
 
-    async def upload(self, uploadable: IUploadable) -> UploadResults:
-        """Store an immutable file. Raises NotEnoughServersError."""
-        return await self._uploader.upload(uploadable)
+    async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> UploadResults:
+        """Store an immutable file, telling `progress` how far it is. Raises NotEnoughServersError."""
+        return await self._uploader.upload(uploadable, progress)
 
     async def download(self, uri: str | Cap, target: IDownloadTarget) -> Any:
         """IDownloader: a whole file to `target`. Raises WrongKindError for what is no file, NotEnoughSharesError."""

@@ -170,8 +170,21 @@ class IEncoder(Protocol):
         """(UEB hash, k, n, size). Raises NotEnoughServersError when happiness is lost on the way."""
 
 
+class IUploadProgress(Protocol):
+    """Is told how far an upload is, between two awaits; must not raise."""
+
+    def begin(self, placed: int, total: int, push_bytes: int) -> None:
+        """The servers are chosen: `placed` of `total` shares are there, `push_bytes` of blocks are to be sent."""
+
+    def pushed(self, count: int) -> None:
+        """So many more bytes of blocks were handed to their servers."""
+
+    def placed(self) -> None:
+        """One more share is whole on its server."""
+
+
 class IUploader(Protocol):
-    async def upload(self, uploadable: IUploadable) -> IUploadResults: ...
+    async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> IUploadResults: ...
     async def upload_ssk(self, write_capability: str, new_version: int, uploadable: IUploadable) -> None:
         """Publish a mutable file's version `new_version`, segment by segment. Later: writing MDMF.
 
@@ -399,7 +412,7 @@ class IStatsProducer(Protocol):
 
 
 class IClient(Protocol):
-    async def upload(self, uploadable: IUploadable) -> IUploadResults: ...
+    async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> IUploadResults: ...
     async def create_mutable_file(self, contents: bytes = b"") -> str: ...
     async def create_empty_dirnode(self) -> IDirectoryNode: ...
     def create_node_from_uri(self, uri: str) -> IFilesystemNode: ...

@@ -16,6 +16,7 @@ from typing import Any, Self
 import trio
 
 from grid.errors import GridError, NotEnoughServersError, PeerTimeoutError
+from grid.interfaces import IUploadProgress
 from grid.operations.happiness import happiness
 from grid.operations.push import IShareholder, SharePusher, abort_all, watch_for_stalls
 from grid.operations.segment_encoder import EncodedTail, SegmentEncoder
@@ -57,10 +58,14 @@ class Encoder:
         self,
         shareholders: Mapping[int, IShareholder],
         existing: Mapping[int, AbstractSet[str]] | None = None,
+        progress: IUploadProgress | None = None,
     ) -> None:
         """`existing`: {share number: ids of servers that hold it already}; it counts for happiness."""
-        self._pushers = [SharePusher(shareholders[number]) for number in sorted(shareholders)]
+        self._pushers = [SharePusher(shareholders[number], progress) for number in sorted(shareholders)]
         self._sharemap = {number: set(servers) for number, servers in (existing or {}).items()}
+        if progress is not None:
+            placed = len(self._sharemap.keys() - shareholders.keys())
+            progress.begin(placed, self._params.n, len(shareholders) * self.segments.layout.data_size)
         for number, writer in shareholders.items():
             self._sharemap.setdefault(number, set()).add(writer.server_id)
 

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import trio
 
 from grid.errors import PeerError, PeerTimeoutError
-from grid.interfaces import IStorageBucketWriter
+from grid.interfaces import IStorageBucketWriter, IUploadProgress
 from grid.operations.segment_encoder import EncodedTail
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,9 @@ class IShareholder(IStorageBucketWriter, Protocol):
 class SharePusher:
     """One share on its way. `failed` says why it is not any more."""
 
-    def __init__(self, writer: IShareholder) -> None:
+    def __init__(self, writer: IShareholder, progress: IUploadProgress | None = None) -> None:
         self.writer = writer
+        self._progress = progress
         self.failed: PeerError | None = None
         self.done = False
         self.busy_since: float | None = None  # trio time at which the write under way began
@@ -75,8 +76,12 @@ class SharePusher:
             with self._scope, self._receive:
                 async for segment, block in self._receive:
                     await self._timed(self.writer.put_block, segment, block)
+                    if self._progress is not None:
+                        self._progress.pushed(len(block))
                 await self._write_tail()
                 self.done = True
+                if self._progress is not None:
+                    self._progress.placed()
         except PeerError as error:
             self.failed = error
         if self.failed is not None and not self.done:

@@ -20,7 +20,7 @@ from attrs import define, field, frozen
 from grid.errors import PeerError
 from grid.formats.caps import CHKReadCap, LiteralCap
 from grid.formats.segments import LITERAL_BYTES_MAX
-from grid.interfaces import IStorageBroker, IUploadable
+from grid.interfaces import IStorageBroker, IUploadable, IUploadProgress
 from grid.operations.encode import Encoder
 from grid.operations.leases import Secrets
 from grid.operations.placement import QUERY_TIMEOUT_S, Selection, ServerSelector, Suspects, UploadSpec
@@ -68,7 +68,7 @@ class Uploader:
         self._suspects = Suspects()
         self._turns: dict[bytes, _Turn] = {}  # by storage index, of uploads under way
 
-    async def upload(self, uploadable: IUploadable) -> UploadResults:
+    async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> UploadResults:
         """Store it, or raise NotEnoughServersError. Closes `uploadable` in any case."""
         try:
             if self._default_parameters is not None:
@@ -79,7 +79,7 @@ class Uploader:
             encoder = await Encoder().set_encrypted_uploadable(EncryptAnUploadable(uploadable))
             storage_index = encoder.get_param("storage_index")
             async with self._turn(storage_index):
-                return await self._store(storage_index, encoder, await uploadable.get_encryption_key())
+                return await self._store(storage_index, encoder, await uploadable.get_encryption_key(), progress)
         finally:
             with trio.CancelScope(shield=True):  # closing a file does not wait for anything
                 await uploadable.close()
@@ -96,7 +96,9 @@ class Uploader:
             if not turn.users:
                 del self._turns[storage_index]
 
-    async def _store(self, storage_index: bytes, encoder: Encoder, key: bytes) -> UploadResults:
+    async def _store(
+        self, storage_index: bytes, encoder: Encoder, key: bytes, progress: IUploadProgress | None
+    ) -> UploadResults:
         _, happy, n = encoder.get_param("share_counts")
         share_size = encoder.get_param("share_size")
         selector = ServerSelector(
@@ -108,7 +110,7 @@ class Uploader:
             number: ShareWriter(encoder.segments.layout, number, server, writer)
             for number, (server, writer) in selection.writers.items()
         }
-        encoder.set_shareholders(shareholders, selection.existing)
+        encoder.set_shareholders(shareholders, selection.existing, progress)
         try:
             ueb_hash, k, n, size = await encoder.start()
         finally:

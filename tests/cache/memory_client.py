@@ -22,6 +22,7 @@ K, HAPPY, N = 2, 2, 3
 
 # Short times: the tests wait for conditions, these only decide how soon those come about.
 QUICK = WorkspaceOptions(
+    settle_s=0.01,
     publish_quiet_s=0.02,
     publish_latest_s=0.5,
     new_directory_latest_s=2.0,
@@ -81,9 +82,9 @@ class MemoryClient:
         for server in self.servers:
             server.resume()
 
-    async def upload(self, uploadable: Any) -> Any:
+    async def upload(self, uploadable: Any, progress: Any = None) -> Any:
         self.uploads += 1
-        return await self._uploader.upload(uploadable)
+        return await self._uploader.upload(uploadable, progress)
 
     def create_node_from_uri(self, uri: str | Cap) -> Any:
         return self.nodemaker.create_from_cap(uri)

@@ -74,7 +74,9 @@ async def run(mountpoint: str, options: MountOptions, workspace: MemoryWorkspace
 
 
 async def run_real(mountpoint: str, options: MountOptions) -> None:
-    settings = WorkspaceOptions(poll_s=options.poll_s, durability=options.durability, publish_quiet_s=0.05)
+    settings = WorkspaceOptions(
+        poll_s=options.poll_s, durability=options.durability, settle_s=0.05, publish_quiet_s=0.05
+    )
     with tempfile.TemporaryDirectory() as state:
         async with memory_client() as (client, root):
             async with open_workspace(client, root, state_dir=Path(state), options=settings) as workspace:

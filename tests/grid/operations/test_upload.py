@@ -7,8 +7,10 @@ from functools import partial
 import pytest
 import trio
 import trio.testing
+from attrs import define, field
 
 from grid.errors import NotEnoughServersError
+from grid.formats.caps import CHKReadCap
 from grid.operations import share_writer, upload
 from grid.operations.happiness import happiness
 from grid.operations.placement import SUSPECT_S
@@ -124,6 +126,46 @@ async def test_four_failing_servers_of_ten_are_too_many(data: bytes, kind: str) 
     assert (caught.value.happy, caught.value.reached) == (7, 6)
     assert not caught.value.refused_for_space
     grid.assert_nothing_left()
+
+
+@define
+class Progress:
+    """IUploadProgress that keeps what it is told."""
+
+    begun: list[tuple[int, int, int]] = field(factory=list)
+    pushed_bytes: int = 0
+    shares: int = 0
+
+    def begin(self, placed: int, total: int, push_bytes: int) -> None:
+        assert (self.pushed_bytes, self.shares) == (0, 0)
+        self.begun.append((placed, total, push_bytes))
+
+    def pushed(self, count: int) -> None:
+        assert self.begun
+        self.pushed_bytes += count
+
+    def placed(self) -> None:
+        self.shares += 1
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+async def test_progress_is_told(data: bytes) -> None:
+    grid, first, second, third = MemoryGrid(10), Progress(), Progress(), Progress()
+    cap = (await grid.uploader.upload(uploadable(data), first)).cap
+    assert isinstance(cap, CHKReadCap)
+    blocks = first.pushed_bytes
+    assert (first.begun, first.shares) == ([(0, 10, blocks)], 10)
+    assert blocks % 10 == 0 and len(data) <= blocks * 3 // 10 < len(data) + 20  # rounded up in each segment
+    for number in (2, 7):
+        for server in grid.holders(cap.storage_index)[number]:
+            del server.immutable[cap.storage_index]
+    await grid.uploader.upload(uploadable(data), second)
+    assert (second.begun, second.pushed_bytes, second.shares) == ([(8, 10, blocks // 5)], blocks // 5, 2)
+    for server in grid.servers[:2]:
+        server.immutable.clear()
+        server.fail_on.add("close")
+    await grid.uploader.upload(uploadable(data), third)
+    assert (third.begun, third.shares) == ([(8, 10, blocks // 5)], 0)  # what did not get there is not placed
 
 
 async def test_a_server_lost_half_way_through_a_large_file() -> None:
