@@ -128,8 +128,8 @@ def _report(raised: BaseException, *, debug: bool) -> int:
 
         traceback.print_exception(raised)
     click.echo(f"tahoefs: {str(error) or type(error).__name__}", err=True)
-    if (code := getattr(error, "exit_code", None)) is not None:
-        return int(code)
+    if isinstance(code := getattr(error, "exit_code", None), int):
+        return code
     from tahoefs.errnos import exit_code_of
 
     return exit_code_of(error)

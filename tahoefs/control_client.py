@@ -1,6 +1,6 @@
 """Talks to a mount's daemon: one JSON object a line over a Unix socket, blocking, without trio or the grid.
 
-Request:   {"command": "status" | "sync", …}
+Request:   {"command": "status" | "sync" | "detach", …}, see `mount_control.py`
 Answers:   any number of {"progress": {…}}, then one {"result": …} or {"error": text, "exit_code": n}.
 """
 
@@ -60,6 +60,8 @@ def ask(
                         return answer["result"]
         except TimeoutError:
             raise ControlError(f"the mount's daemon did not answer within {timeout_s:g} s") from None
+        except ConnectionRefusedError:
+            raise ControlError("the mount's daemon is gone: mount again") from None
         except (OSError, ValueError) as error:
             raise ControlError(f"cannot talk to the mount's daemon: {error}") from None
     raise ControlError("the mount's daemon ended before it answered")

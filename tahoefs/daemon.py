@@ -1,7 +1,7 @@
 """One mount, from a cap to a folder and back: joins the grid, serves FUSE and the control socket, drains, ends.
 
     node directory → grid → root directory → workspace → vfs → FUSE
-                                                 └→ control socket (status, sync)
+                                                 └→ control socket (`mount_control.py`)
 
 Run by `tahoefs mount`: in the same process with `-f`, else as a child (`python -m tahoefs.daemon`) that gets its
 MountConfig on standard input (a cap must not stand in an argument list) and says on standard output, in
@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -31,12 +30,14 @@ import grid
 from cache import Workspace, WorkspaceOptions, open_workspace
 from grid.errors import GridError, GridUnreachableError, NotEnoughSharesError, WrongKindError
 from tahoefs import fuse, local_grid
-from tahoefs.control import Progress, serve_control
+from tahoefs.control import serve_control
 from tahoefs.errnos import exit_code_of
 from tahoefs.failures import leaf_error
 from tahoefs.logs import set_up_logging
 from tahoefs.mount_config import MountConfig, log_file
+from tahoefs.mount_control import MountControl, telling
 from tahoefs.options import MountOptions
+from tahoefs.progress import in_words
 from tahoefs.registry import registered
 from tahoefs.vfs import VFS, grid_free_bytes
 
@@ -45,31 +46,35 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S: Final = 30.0  # for enough servers to answer at start
 ROOT_TIMEOUT_S: Final = 60.0  # for reading the root directory, and the way down to a sub-path
 READY_TIMEOUT_S: Final = 10.0  # for the kernel to answer a listing of the new mount
-PROGRESS_INTERVAL_S: Final = 0.5
+RETRY_S: Final = 0.5  # between tries to send the rest; each takes its time
 CONFIG_BYTES_MAX: Final = 1 << 20
 
 
-class UnsentError(Exception):
-    """Told to stop at once while files were unsent; the text says how many."""
+Show = Callable[[dict[str, Any]], None]
 
 
-async def run_mount(config: MountConfig, ready: Callable[[], None], note: Callable[[str], None] = log.info) -> None:
+async def run_mount(
+    config: MountConfig,
+    ready: Callable[[], None],
+    note: Callable[[str], None] = log.info,
+    show: Show = lambda pending: None,
+) -> None:
     """Mount, call `ready` once the folder lists, serve until unmounted or told to stop, drain.
 
-    Raises whatever made the mount impossible (nothing is left mounted), UnsentError on a second signal.
+    `note` is told what happens; `show`, while it drains, the `pending` object of the status, now and then. Raises
+    whatever made the mount impossible (nothing is left mounted), UnsentError on a second signal.
     """
     if config.local is None:
-        await _mount(config, ready, note)
+        await _mount(config, ready, note, show)
     else:
         note("starting the local grid")
         async with local_grid.attached(Path(config.local)):
-            await _mount(config, ready, note)
+            await _mount(config, ready, note, show)
 
 
-async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[[str], None]) -> None:
+async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[[str], None], show: Show) -> None:
     options = MountOptions.parse(config.options)
     node = grid.NodeDirectory.open(Path(config.node_dir))
-    where = Path(config.mountpoint)
     async with grid.join_grid(node) as client:
         note("waiting for storage servers")
         if config.local is not None:
@@ -89,7 +94,7 @@ async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[
         async with open_workspace(client, root, state_dir=state_dir, options=settings) as workspace:
             with trio.fail_after(ROOT_TIMEOUT_S):
                 await workspace.load(workspace.root, None)
-            await _serve(config, options, client, workspace, where, ready, note)
+            await _serve(config, options, client, workspace, ready, note, show)
 
 
 async def _serve(
@@ -97,38 +102,17 @@ async def _serve(
     options: MountOptions,
     client: grid.GridClient,
     workspace: Workspace,
-    where: Path,
     ready: Callable[[], None],
     note: Callable[[str], None],
+    show: Show,
 ) -> None:
-    started = time.time()
-    state = {"state": "online"}
-
-    def status() -> dict[str, Any]:
-        servers = client.broker.get_known_servers()
-        return {
-            "mountpoint": str(where),
-            "source": config.label,
-            "readonly": workspace.readonly,
-            "pid": os.getpid(),
-            "since": started,
-            "servers": {"connected": sum(each.connected for each in servers), "known": len(servers)},
-            **workspace.status(),
-            **state,
-        }
-
-    async def answer_status(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return status()
-
-    async def answer_sync(request: dict[str, Any], progress: Progress) -> None:
-        timeout_s = request.get("timeout_s")
-        await _with_progress(workspace, progress, float(timeout_s) if timeout_s is not None else None)
-
+    where = Path(config.mountpoint)
+    control = MountControl(config, client, workspace)
     k, _, n = client.node.encoding
     vfs = VFS(workspace, options=options, free_bytes=lambda: grid_free_bytes(client.broker.get_known_servers(), k, n))
     with registered(Path(config.node_dir), where) as socket_path:
         async with trio.open_nursery() as services:
-            await services.start(serve_control, socket_path, {"status": answer_status, "sync": answer_sync})
+            await services.start(serve_control, socket_path, control.commands())
             stop = trio.Event()
             abandon = trio.CancelScope()
             services.start_soon(_watch_signals, stop, abandon, note)
@@ -149,13 +133,25 @@ async def _serve(
                 mounted.start_soon(_cancel_when, stop, mounted.cancel_scope)
                 await unmounted.wait()
                 mounted.cancel_scope.cancel()
-            state["state"] = "draining"
+            control.state = "draining"
+            services.start_soon(_cancel_when, control.detached, abandon)
             with abandon:
-                await _drain(workspace, note)
+                await _drain(workspace, note, show)
             services.cancel_scope.cancel()
             if abandon.cancelled_caught:
-                pending = workspace.status()["pending"]
-                raise UnsentError(f"stopped with {pending['files']} files ({pending['bytes']} bytes) not sent")
+                _say_what_is_left(control, note)
+
+
+def _say_what_is_left(control: MountControl, note: Callable[[str], None]) -> None:
+    """Raises UnsentError unless that was asked for, and nothing is lost by it."""
+    left = control.unsent(
+        "stopped before this was sent: {}; it is in the journal, and is sent by the next mount"
+        if control.durable
+        else "stopped before this was sent, so it is lost: {}"
+    )
+    if not (control.durable and control.detached.is_set()):
+        raise left
+    note(str(left))
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
@@ -169,38 +165,28 @@ async def _watch_signals(stop: trio.Event, abandon: trio.CancelScope, note: Call
             if stop.is_set():
                 abandon.cancel()
             else:
-                note("stopping: what is unsent is being sent first")
+                note("stopping: what is unsent is being sent first; once more (Ctrl-C, SIGTERM) stops at once")
             stop.set()
 
 
-async def _drain(workspace: Workspace, note: Callable[[str], None]) -> None:
+async def _drain(workspace: Workspace, note: Callable[[str], None], show: Show) -> None:
     """Send everything; tries for as long as it takes. Telling it to give up is the caller's right."""
-    if pending := workspace.status()["pending"]["files"]:
-        note(f"sending {pending} files")
-    while True:
-        try:
-            await workspace.drain()
-        except GridError as error:
-            note(f"not sent yet: {error}")
-            await trio.sleep(PROGRESS_INTERVAL_S)
-        else:
-            return
 
+    async def tell(pending: dict[str, Any]) -> None:
+        show(pending)
 
-async def _with_progress(workspace: Workspace, progress: Progress, timeout_s: float | None) -> None:
-    """Wait until everything is on the grid, telling the asker how far it is."""
-    async with trio.open_nursery() as nursery:
-
-        async def tell() -> None:
-            while True:
-                await progress(workspace.status()["pending"])
-                await trio.sleep(PROGRESS_INTERVAL_S)
-
-        nursery.start_soon(tell)
-        try:
-            await workspace.wait(timeout_s=timeout_s)
-        finally:
-            nursery.cancel_scope.cancel()
+    pending = workspace.status()["pending"]
+    if any(pending.values()):
+        note(f"sending {in_words(pending)}")
+    async with telling(workspace, tell):
+        while True:
+            try:
+                await workspace.drain()
+            except GridError as error:
+                note(f"not sent yet: {error}")
+                await trio.sleep(RETRY_S)
+            else:
+                return
 
 
 async def _find_root(client: grid.GridClient, config: MountConfig) -> grid.Cap:

@@ -91,6 +91,8 @@ def errno_of(error: BaseException) -> int:
 def exit_code_of(error: BaseException) -> int:
     """The exit code a command ends with when `error` stopped it: 1 to 5, see the README."""
     error = leaf_error(error)
+    if isinstance(code := getattr(error, "exit_code", None), int):
+        return code  # raised by a command, which knows better
     if isinstance(error, errors.NotEnoughSharesError) and any(
         isinstance(failure, errors.PeerError | trio.TooSlowError) for failure in error.failures
     ):

@@ -63,9 +63,16 @@ def find_socket(mountpoint: Path) -> Path | None:
     return link.resolve() if link.is_symlink() and link.exists() else None
 
 
-def find_socket_above(path: Path) -> Path | None:
-    """The control socket of the daemon that serves the folder that `path` is in, or None."""
-    return next((socket for folder in (path, *path.parents) if (socket := find_socket(folder))), None)
+def find_mount(path: str | Path) -> tuple[Path, Path] | None:
+    """(mount point, control socket of its daemon) of the mount that `path` is in, or None.
+
+    A link to somewhere inside is followed only if the path as it is written leads to no mount.
+    """
+    for resolved in (absolute(path), Path(path).resolve()):
+        for folder in (resolved, *resolved.parents):
+            if (socket := find_socket(folder)) is not None:
+                return folder, socket
+    return None
 
 
 def all_sockets() -> list[Path]:

@@ -73,13 +73,16 @@ def _run_here(config: MountConfig) -> None:
     from tahoefs import sdnotify
     from tahoefs.daemon import run_mount
     from tahoefs.logs import set_up_logging
+    from tahoefs.progress import Progress
 
     def note(text: str) -> None:
+        progress.clear()
         click.echo(text, err=True)
         sdnotify.notify(f"STATUS={text}")
 
     set_up_logging(None, debug=config.debug)
-    trio.run(run_mount, config, sdnotify.ready, note)
+    with Progress("sending") as progress:
+        trio.run(run_mount, config, sdnotify.ready, note, progress.pending)
 
 
 def _run_behind(config: MountConfig) -> None:

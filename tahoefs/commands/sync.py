@@ -9,26 +9,24 @@ import click
 
 from tahoefs.cli import UserError
 from tahoefs.control_client import ask
-from tahoefs.mountpoint import FUSE_TYPE, filesystem_at
-from tahoefs.progress import Progress
-from tahoefs.registry import absolute, find_socket
+from tahoefs.progress import Progress, in_words
+from tahoefs.registry import find_mount
 
 ANSWER_TIMEOUT_S: Final = 60.0
 
 
 @click.command("sync", short_help="return once everything written is on the grid")
 @click.argument("path", type=click.Path(path_type=Path), default=".")
-@click.option("--timeout", "timeout_s", type=float, help="Fail after so many seconds.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), help="Fail after so many seconds.")
 def command(path: Path, timeout_s: float | None) -> None:
-    """Return once everything written before this call, in the mount that holds PATH, is on the grid."""
-    where = absolute(path)
-    while filesystem_at(where) != FUSE_TYPE:
-        if where == where.parent:
-            raise UserError(f"{path}: not inside a tahoefs mount")
-        where = where.parent
-    socket = find_socket(where)
-    if socket is None:
-        raise UserError(f"{where}: its daemon is gone; mount again")
+    """Return once everything written before this call, in the mount that PATH is in, is on the grid."""
+    found = find_mount(path)
+    if found is None:
+        raise UserError(f"{path}: not in a tahoefs mount of yours")
     with Progress("sending") as progress:
         request = {"command": "sync", "timeout_s": timeout_s}
-        ask(socket, request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.pending)
+        try:
+            ask(found[1], request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.pending)
+        except KeyboardInterrupt:
+            left = in_words(progress.last) if progress.last else "what is left"
+            raise UserError(f"{path}: no longer waiting; {left} goes on being sent", 130) from None
