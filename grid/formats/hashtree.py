@@ -70,6 +70,28 @@ def _leaf_node(leaf_count: int, leaf: int) -> int:
     return _width(leaf_count) - 1 + leaf
 
 
+def check_tree(nodes: bytes, root: bytes, leaves: bytes | None = None) -> None:
+    """Prove a whole array, as a share holds it; `leaves`, joined, are what its first leaves must be. CPU-bound.
+
+    Raises BadHashError, which names the first leaf that differs.
+    """
+    width = (len(nodes) // HASH_BYTES + 1) // 2
+    if len(nodes) != HASH_BYTES * (2 * width - 1):
+        raise BadHashError("not a whole hash tree")
+    if nodes[:HASH_BYTES] != root:
+        raise BadHashError("another root")
+    for node in range(width - 1):
+        left = HASH_BYTES * (2 * node + 1)
+        middle, right = left + HASH_BYTES, left + 2 * HASH_BYTES
+        if pair_hash(nodes[left:middle], nodes[middle:right]) != nodes[HASH_BYTES * node : HASH_BYTES * (node + 1)]:
+            raise BadHashError(f"nodes {2 * node + 1} and {2 * node + 2} do not hash to their parent")
+    first = HASH_BYTES * (width - 1)
+    if leaves is not None and nodes[first : first + len(leaves)] != leaves:
+        for at in range(0, len(leaves), HASH_BYTES):
+            if nodes[first + at : first + at + HASH_BYTES] != leaves[at : at + HASH_BYTES]:
+                raise BadHashError(f"block {at // HASH_BYTES} does not match its hash")
+
+
 class IncompleteHashTree:
     """A tree of which some nodes are known, each of them proven against the root.
 

@@ -79,7 +79,8 @@ def tagged_pair_hash(tag: bytes, left: bytes, right: bytes) -> bytes:
 
 # --- immutable files ----------------------------------------------------------------------------------------
 
-_BLOCK = _Tag(b"allmydata_encoded_subshare_v1")
+_BLOCK_TAG: Final = b"allmydata_encoded_subshare_v1"
+_BLOCK = _Tag(_BLOCK_TAG)
 _UEB = _Tag(b"allmydata_uri_extension_v1")
 _CRYPTTEXT: Final = TaggedHasher(b"allmydata_crypttext_v1")
 _CRYPTTEXT_SEGMENT = _Tag(b"allmydata_crypttext_segment_v1")
@@ -90,6 +91,11 @@ _CONVERGENCE_TAG: Final = b"allmydata_immutable_content_to_key_with_added_secret
 def block_hash(block: bytes | memoryview) -> bytes:
     """A leaf of a share's block hash tree."""
     return _BLOCK.hash(block)
+
+
+def block_hasher() -> TaggedHasher:
+    """The same for a block that comes in pieces; with an MDMF block its salt comes first."""
+    return TaggedHasher(_BLOCK_TAG)
 
 
 def salted_block_hash(salt: bytes | memoryview, block: bytes | memoryview) -> bytes:

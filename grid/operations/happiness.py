@@ -90,6 +90,31 @@ def place_shares(
     return placed
 
 
+def place_missing(
+    writeable: Sequence[Server],
+    missing: Iterable[int],
+    existing: Mapping[Server, Collection[int]],
+    barred: Collection[tuple[Server, int]],
+) -> dict[int, Server]:
+    """For shares that nobody has: where to put them, on servers that have none of their own first. For a repair.
+
+    `existing` tells who holds which good shares; they stay. A share goes nowhere it is `barred` from (a corrupt copy
+    may be in its place); one that is barred everywhere is left out.
+    """
+    used = set(maximum_matching(invert(existing)).values())
+    load = {server: len(existing.get(server, ())) for server in writeable}
+    placed: dict[int, Server] = {}
+    for number in missing:
+        free = [server for server in writeable if (server, number) not in barred]
+        if not free:
+            continue
+        server = min(free, key=lambda server: (server in used, load[server]))  # of equals, the first: permuted order
+        placed[number] = server
+        used.add(server)
+        load[server] += 1
+    return placed
+
+
 def _spread_rest(
     shares: Sequence[int], writeable: Sequence[Server], held: Mapping[Server, set[int]], placed: dict[int, Server]
 ) -> None:

@@ -102,14 +102,14 @@ class ServerSelector:
                 raise self._not_enough(reached)
         except BaseException:
             accepted = [writer for writers in self._accepted.values() for writer in writers.values()]
-            await _abort([*accepted, *self._orphans])
+            await abort_writers([*accepted, *self._orphans])
             raise
         writers = {
             number: (self._servers[server_id], writer)
             for server_id, accepted in self._accepted.items()
             for number, writer in accepted.items()
         }
-        await _abort([*unneeded, *self._orphans])
+        await abort_writers([*unneeded, *self._orphans])
         return Selection(writers, self._holdings, self._servers)
 
     async def _allocate_rounds(self) -> None:
@@ -238,7 +238,7 @@ class ServerSelector:
         return NotEnoughServersError(self._spec.happy, reached, len(self._servers), for_space)
 
 
-async def _abort(writers: list[IBucketWriter]) -> None:
+async def abort_writers(writers: list[IBucketWriter]) -> None:
     with trio.CancelScope(shield=True, deadline=trio.current_time() + ABORT_TIMEOUT_S):
         async with trio.open_nursery() as nursery:
             for writer in writers:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from grid import erasure
+from grid.errors import InconsistentEncodingError
 from grid.formats import hashutil
 from grid.formats.chk_share import ShareLayout
 from grid.formats.hashtree import build_tree, needed_hashes
@@ -33,14 +34,17 @@ class EncodedTail:
 
 
 class SegmentEncoder:
-    """Encodes one file of `size` bytes."""
+    """Encodes one file of `size` bytes.
 
-    def __init__(self, size: int, params: EncodingParameters) -> None:
+    `ueb`: of a file that exists and is encoded again, proven; its bytes are kept, and it must come to the same hashes.
+    """
+
+    def __init__(self, size: int, params: EncodingParameters, ueb: bytes | None = None) -> None:
         self.params = params
         self.segmentation = Segmentation(size, params.k, params.segment_size)
-        self.layout = ShareLayout.for_upload(
-            self.segmentation, params.n, expected_ueb_size(self.segmentation, params.n)
-        )
+        self._ueb = ueb
+        self._ueb_size = expected_ueb_size(self.segmentation, params.n) if ueb is None else len(ueb)
+        self.layout = ShareLayout.for_upload(self.segmentation, params.n, self._ueb_size)
         self._fec = erasure.Encoder(params.k, params.n)
         self._whole = hashutil.crypttext_hasher()
         self._segment_hashes: list[bytes] = []
@@ -49,7 +53,7 @@ class SegmentEncoder:
     @property
     def share_size(self) -> int:
         """Bytes each share takes on its server."""
-        return self.layout.total_size(expected_ueb_size(self.segmentation, self.params.n))
+        return self.layout.total_size(self._ueb_size)
 
     def encode(self, ciphertext: Sequence[Buffer]) -> list[Buffer]:
         """The n blocks of the next segment, in share order. `ciphertext`: all of the segment, in pieces."""
@@ -65,7 +69,7 @@ class SegmentEncoder:
         return list(blocks)
 
     def finish(self) -> EncodedTail:
-        """Build all trees and the UEB, after the last segment."""
+        """Build all trees and the UEB, after the last segment. Raises InconsistentEncodingError."""
         n = self.params.n
         crypttext_hashes = build_tree(self._segment_hashes)
         block_trees = [build_tree(leaves) for leaves in self._block_hashes]
@@ -80,6 +84,14 @@ class SegmentEncoder:
             crypttext_root_hash=crypttext_hashes[0],
             share_root_hash=share_tree[0],
         )
-        ueb = extension.pack()
+        ueb = extension.pack() if self._ueb is None else self._checked(self._ueb, extension)
         chains = [[(i, share_tree[i]) for i in needed_hashes(n, share, include_leaf=True)] for share in range(n)]
         return EncodedTail(ueb, hashutil.uri_extension_hash(ueb), crypttext_hashes, block_trees, chains)
+
+    @staticmethod
+    def _checked(ueb: bytes, made: URIExtension) -> bytes:
+        """An older uploader's UEB may say more: its bytes are what the cap vouches for."""
+        known = URIExtension.unpack(ueb, ueb_hash=hashutil.uri_extension_hash(ueb), k=made.k, n=made.n, size=made.size)
+        if made != evolve(known, crypttext_hash=known.crypttext_hash or made.crypttext_hash):
+            raise InconsistentEncodingError("encoded again, the file is another: its uploader was broken")
+        return ueb

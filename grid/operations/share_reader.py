@@ -42,7 +42,9 @@ class FileState:
     k: int
     n: int
     size: int
+    strict: bool = field(default=False, kw_only=True)  # for verifying: the UEB must agree with the cap in all it says
     ueb: URIExtension | None = field(default=None, init=False)
+    ueb_bytes: bytes = field(default=b"", init=False, repr=False)
     share_tree: IncompleteHashTree = field(init=False, repr=False)
     crypttext_tree: IncompleteHashTree = field(init=False, repr=False)
     segmentation: Segmentation = field(init=False)  # a guess until `ueb` is there
@@ -64,9 +66,11 @@ class FileState:
 
     def accept_ueb(self, data: bytes | memoryview) -> None:
         """Raises FormatError."""
-        extension = URIExtension.unpack(data, ueb_hash=self.ueb_hash, k=self.k, n=self.n, size=self.size)
+        extension = URIExtension.unpack(
+            data, ueb_hash=self.ueb_hash, k=self.k, n=self.n, size=self.size, strict=self.strict
+        )
         if self.ueb is None:
-            self.ueb = extension
+            self.ueb, self.ueb_bytes = extension, bytes(data)
             self._plan(extension.segmentation)
             self.share_tree = IncompleteHashTree(self.n, extension.share_root_hash)
             self.crypttext_tree = IncompleteHashTree(extension.num_segments, extension.crypttext_root_hash)
@@ -130,6 +134,17 @@ class RemoteShare:
             return await self._fetch(segment)
         except FormatError as error:
             raise self.corrupt(str(error)) from None
+
+    @property
+    def layout(self) -> ShareLayout:
+        """Where everything stands. Only after open()."""
+        assert self._layout is not None
+        return self._layout
+
+    async def read_range(self, offset: int, length: int) -> bytes | memoryview:
+        """Exactly these bytes of the share, unproven. Raises FormatError (it is shorter), PeerError."""
+        (data,) = await self._get([(offset, length)], self._fragments)
+        return data
 
     def corrupt(self, reason: str) -> CorruptShareError:
         return CorruptShareError(self.server.name, self.number, reason)
