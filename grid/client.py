@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import trio
 
+from grid.check_history import CheckHistory
 from grid.errors import GridUnreachableError, WrongKindError
 from grid.formats.caps import Cap
 from grid.formats.segments import MAX_SEGMENT_BYTES
@@ -28,6 +29,7 @@ from grid.interfaces import (
     SlotSecrets,
 )
 from grid.node_directory import NodeDirectory
+from grid.nodes.checker import Checker
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.nodemaker import MutableFormat, NodeMaker
 from grid.operations.keys import KeyPool
@@ -58,6 +60,10 @@ class GridClient:
             # client reads both.
             mutable_format="sdmf",
         )
+
+    def checker(self, history: CheckHistory) -> Checker:
+        """IChecker, remembering in `history`."""
+        return Checker(self.broker, self._secrets, self.nodemaker, history)
 
     @property
     def encoding_parameters(self) -> dict[str, int]:

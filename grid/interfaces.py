@@ -294,7 +294,7 @@ class IFilesystemNode(Protocol):
 
     def get_storage_index(self) -> bytes | None: ...
     async def check(self) -> Any:
-        """As IChecker.check. Later: check and repair."""
+        """As IChecker.check."""
 
     def is_readonly(self) -> bool:
         """Whether this reference cannot change it; others may hold one that can."""
@@ -382,23 +382,27 @@ class IDirectoryNode(IMutableFilesystemNode, Protocol):
         self, current_child_name: str, new_parent: Any, new_child_name: str | None = None
     ) -> None: ...
     async def build_manifest(self) -> frozenset[str]:
-        """Verify caps of all that can be reached from here. Later: check and repair."""
+        """Verify caps of all that can be reached from here, as texts."""
 
 
 # --- health, and what a node tells of itself ----------------------------------------------------------------
 
 
 class IChecker(Protocol):
-    """How many good shares a file has. Needs no right to read it. Later: check and repair."""
+    """How many good shares a file has. Needs no right to read it: any cap will do, a verify cap too.
 
-    async def check(self, uri_to_check: IVerifierURI) -> Any:
-        """Ask every server what it holds. Later: check and repair."""
+    Results are a value with `needed_shares`, `total_shares`, `good` and `sharemap`, and more; directories have the same
+    as files, since they are kept in files by now.
+    """
 
-    async def verify(self, uri_to_check: IVerifierURI) -> Any:
-        """Fetch all of every share and check every hash. Later: check and repair."""
+    async def check(self, uri_to_check: Any) -> Any:
+        """Ask every server what it holds, and believe it."""
 
-    def checker_results_for(self, uri_to_check: IVerifierURI) -> Sequence[tuple[float, Any]]:
-        """(when, results) of the checks that were kept; asks nobody. Later: check and repair."""
+    async def verify(self, uri_to_check: Any) -> Any:
+        """Fetch all of every share and check every hash."""
+
+    def checker_results_for(self, uri_to_check: Any) -> Sequence[tuple[float, Any]]:
+        """(when, results as JSON) of the checks that were kept, oldest first; asks nobody."""
 
 
 class IStatsProducer(Protocol):

@@ -32,6 +32,7 @@ GRID_ORDER = (
 NODE_FILES = (
     "grid.aliases",
     "grid.atomic_file",
+    "grid.check_history",
     "grid.node_directory",
     "grid.node_files",
     "grid.server_directory",

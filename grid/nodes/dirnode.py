@@ -15,6 +15,7 @@ import builtins
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from attrs import evolve, frozen
@@ -30,6 +31,8 @@ from grid.formats.directory import (
 )
 from grid.interfaces import IFileNode, IUploadable
 from grid.nodes.mutable import MutableFileNode
+from grid.nodes.traversal import walk
+from grid.operations.check_results import CheckResults
 from grid.operations.retrieve import MutableVersion
 from grid.operations.worker import run_cpu_work
 
@@ -50,6 +53,7 @@ class DirectoryContents:
 
     version: bytes
     entries: Mapping[str, DirEntry]  # treat as constant: it is shared
+    size: int = 0  # bytes of its table
 
 
 class DirectoryNode:
@@ -105,8 +109,12 @@ class DirectoryNode:
             entries = await run_cpu_work(
                 lambda: unpack_directory(data, mutable=False, writekey=None), len(data) * PARSE_COST
             )
-            self._contents = DirectoryContents(b"", entries)
+            self._contents = DirectoryContents(b"", entries, len(data))
         return self._contents
+
+    def forget(self) -> None:
+        """Let go of the listing: who walks a whole tree must not hold all of it."""
+        self._contents = None
 
     async def modify(self, changes: Mapping[str, Change]) -> DirectoryContents:
         """Publish all `changes` at once; returns what the directory then holds.
@@ -135,7 +143,7 @@ class DirectoryNode:
             return await run_cpu_work(lambda: _pack_sealed(made, changed, writekey), size)
 
         version = await self._file.update(make)
-        self._contents = DirectoryContents(version.version, made)
+        self._contents = DirectoryContents(version.version, made, version.size)
         return self._contents
 
     def _writekey(self) -> bytes:
@@ -155,7 +163,7 @@ class DirectoryNode:
         entries = await run_cpu_work(
             lambda: unpack_directory(data, mutable=True, writekey=writekey), len(data) * PARSE_COST
         )
-        self._contents = DirectoryContents(version.version, entries)
+        self._contents = DirectoryContents(version.version, entries, len(data))
         return self._contents
 
     def _apply(self, old: Mapping[str, DirEntry], changes: Mapping[str, Change]) -> dict[str, DirEntry | None]:
@@ -205,6 +213,36 @@ class DirectoryNode:
                 raise WrongKindError("the path goes through something that is no directory")
             node = await node.get(step)
         return node
+
+    async def build_manifest(self) -> frozenset[str]:
+        """Verify caps of all that can be reached from here, this directory's too, as texts. What cannot be read is in
+        it, what is below that is not. For large trees use `traversal.walk`.
+        """
+        async with aclosing(walk(self._nodemaker, self._cap)) as visits:
+            return frozenset([str(visit.cap.verifier) async for visit in visits if visit.cap.verifier is not None])
+
+    async def check(self) -> CheckResults:
+        """As IChecker.check."""
+        results: CheckResults = await self._file.check()
+        return results
+
+    async def repair(self) -> int:
+        """Publish the newest version again, so that every share is there. If writers raced, none of what they added
+        is lost: children of the other newest versions are kept, under another name where two want the same one.
+
+        Returns how many versions were merged. Raises as MutableFileNode.repair.
+        """
+        writekey = self._writekey()
+
+        def merge(tables: Sequence[bytes]) -> bytes:
+            heads = [unpack_directory(table, mutable=True, writekey=writekey) for table in tables]
+            if len(heads) == 1:
+                return tables[0]
+            return pack_directory(merge_entries(heads).values(), writekey=writekey)
+
+        merged: int = await self._file.repair(merge)
+        self.forget()
+        return merged
 
     # --- changing
 
@@ -288,6 +326,22 @@ class DirectoryNode:
             return DirEntry(new_name, moved[0].cap, moved[0].metadata)
 
         await self.modify({old_name: take, new_name: put})  # applied in this order
+
+
+def merge_entries(heads: Sequence[Mapping[str, DirEntry]]) -> dict[str, DirEntry]:
+    """The first of these, and what only others have; where two differ in a name, both, the later under a name made
+    from its version's place in the row.
+    """
+    merged = dict(heads[0])
+    for number, other in enumerate(heads[1:], start=2):
+        for name, entry in other.items():
+            if name not in merged:
+                merged[name] = entry
+            elif merged[name].cap != entry.cap:
+                stem, dot, suffix = name.rpartition(".") if "." in name.lstrip(".") else (name, "", "")
+                new_name = f"{stem} (version {number}){dot}{suffix}"
+                merged[new_name] = entry.changed(name=new_name)
+    return merged
 
 
 def _link(name: str, cap: Cap, metadata: dict[str, Any] | None) -> Change:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import trio
@@ -23,6 +23,8 @@ from grid.errors import GridError, NotEnoughSharesError, NotWriteableError, Unco
 from grid.formats.caps import MDMFReadCap, MDMFWriteCap, SDMFReadCap, SDMFWriteCap
 from grid.formats.mutable_share import MUTABLE_SHARES_MAX, SALT_BYTES, MutableHeader
 from grid.interfaces import IDownloadTarget, IStorageBroker
+from grid.operations.check import check_cap
+from grid.operations.check_results import CheckResults
 from grid.operations.keys import MutableKeys
 from grid.operations.leases import Secrets
 from grid.operations.publish import EncodedVersion, prepare_sdmf, publish
@@ -184,6 +186,9 @@ class MutableFileNode:
         header = (rivals or heads)[0]
         if self._latest is None or header.seqnum >= self._latest.seqnum:
             self._latest = header
+        return self._version_at(servermap, header)
+
+    def _version_at(self, servermap: ServerMap, header: MutableHeader) -> MutableVersion:
         return MutableVersion(
             servermap,
             header,
@@ -191,6 +196,10 @@ class MutableFileNode:
             readkey=self._readkey,
             remap=lambda: self._make_map(MapMode.WRITE),
         )
+
+    async def check(self) -> CheckResults:
+        """As IChecker.check."""
+        return await check_cap(self._access.broker, self._cap)
 
     # --- writing
 
@@ -277,6 +286,27 @@ class MutableFileNode:
                         raise
                 await trio.sleep(back_off_s * random.uniform(0.3, 1.0))
                 back_off_s = min(back_off_s * 2.718, BACK_OFF_S_MAX)
+
+    async def repair(self, merge: Callable[[Sequence[bytes]], bytes] | None = None) -> int:
+        """Publish the best version again, as a whole: missing, old and damaged shares are replaced.
+
+        `merge` makes one contents of those of all newest versions, best first, where writers raced; without it the
+        best one stays. Returns how many versions there were. Raises NotEnoughSharesError when a newer version was
+        seen than can be recovered (it may come back with its servers), and as update().
+        """
+        self.check_writeable()
+        async with self._lock:
+            servermap = await self._make_map(MapMode.REPAIR)
+            best = servermap.best()
+            if best is None or servermap.unrecoverable_newer or self._keys is None:
+                failures = (*(bad.error for bad in servermap.bad.values()), *servermap.failures.values())
+                raise NotEnoughSharesError(best.k if best else self._access.k, 0 if best else servermap.found, failures)
+            heads = [head for head in servermap.recoverable() if head.seqnum == best.seqnum]
+            contents = [await self._version_at(servermap, head).read_all() for head in (heads if merge else [best])]
+            data = merge(contents) if merge else contents[0]
+            seqnum = servermap.highest_seqnum + 1
+            await self._publish(await self._encode(data, seqnum=seqnum, k=best.k, n=best.n), servermap)
+            return len(heads)
 
     async def _start(self, failed: set[bytes]) -> _Attempt:
         servermap = self._map

@@ -108,6 +108,12 @@ class CheckResults:
         return frozenset().union(*self.good.values())
 
     @property
+    def holders(self) -> frozenset[str]:
+        """Ids of servers that hold any share, good or not."""
+        bad = {share.server_id for share in (*self.corrupt, *self.invalid)}
+        return frozenset(bad).union(*self.sharemap.values(), (server_id for server_id, _ in self.incompatible))
+
+    @property
     def summary(self) -> str:
         if self.healthy:
             return "Healthy"

@@ -186,7 +186,9 @@ async def test_directories_literals_and_verify_caps(real_grid: TahoeGrid) -> Non
         children = {"a": ["filenode", {"ro_uri": file}], "l": ["filenode", {"ro_uri": literal}]}
         mutable = [real_grid.put(random.Random(6).randbytes(5000), kind) for kind in ("SDMF", "MDMF")]
         directories = [real_grid.mkdir(), real_grid.mkdir("MDMF"), real_grid.mkdir_immutable(children)]
-        for directory in directories[:2]:  # with something in them: of an empty MDMF file the real client verifies nothing
+        for directory in directories[
+            :2
+        ]:  # with something in them: of an empty MDMF file the real client verifies nothing
             real_grid.put_at(directory, "x", b"some contents")
         return [file, literal, *mutable, *directories, real_grid.mkdir_immutable({})]
 
