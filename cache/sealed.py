@@ -190,6 +190,9 @@ class SpoolUploadable:
             for position in range(start, self._position, CHUNK_BYTES)
         ]
 
+    def rewind(self) -> None:
+        self._position = 0
+
     async def close(self) -> None:
         self._contents.close()
 

@@ -32,10 +32,12 @@ from grid.node_directory import NodeDirectory
 from grid.nodes.checker import Checker
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.nodemaker import MutableFormat, NodeMaker
+from grid.operations.helped_upload import HelpedUploads
 from grid.operations.keys import KeyPool
 from grid.operations.leases import Secrets
 from grid.operations.upload import Uploader, UploadResults
 from grid.peers.broker import StorageBroker
+from grid.peers.helper import HelperClient
 
 SERVERS_TIMEOUT_S: Final = 30.0
 
@@ -43,15 +45,23 @@ SERVERS_TIMEOUT_S: Final = 30.0
 class GridClient:
     """IClient and IDownloader. Made by `join_grid`, and of no use once that has ended."""
 
-    def __init__(self, node: NodeDirectory, broker: StorageBroker, keys: KeyPool) -> None:
+    def __init__(
+        self, node: NodeDirectory, broker: StorageBroker, keys: KeyPool, helper: HelperClient | None = None
+    ) -> None:
         self.node = node
         self.broker = broker
-        self._secrets = Secrets(node.lease_secret)
-        self._uploader = Uploader(broker, self._secrets, self.encoding_parameters)
+        self.helper = helper
+        self.secrets = Secrets(node.lease_secret)
+        self.uploader = Uploader(
+            broker,
+            self.secrets,
+            self.encoding_parameters,
+            helped=HelpedUploads(helper, broker) if helper is not None else None,
+        )
         self.nodemaker = NodeMaker(
             broker,
-            self._secrets,
-            self._uploader,
+            self.secrets,
+            self.uploader,
             keys,
             k=node.encoding.k,
             n=node.encoding.n,
@@ -63,7 +73,7 @@ class GridClient:
 
     def checker(self, history: CheckHistory) -> Checker:
         """IChecker, remembering in `history`."""
-        return Checker(self.broker, self._secrets, self.nodemaker, history)
+        return Checker(self.broker, self.secrets, self.nodemaker, history)
 
     @property
     def encoding_parameters(self) -> dict[str, int]:
@@ -72,14 +82,14 @@ class GridClient:
         return {"k": k, "happy": happy, "n": n, "max_segment_size": MAX_SEGMENT_BYTES}
 
     def lease_secrets(self, storage_index: bytes, server: IStorageServer) -> LeaseSecrets:
-        return self._secrets.lease(storage_index, server.tub_id)
+        return self.secrets.lease(storage_index, server.tub_id)
 
     def slot_secrets(self, writekey: bytes, storage_index: bytes, server: IStorageServer) -> SlotSecrets:
-        return self._secrets.slot(writekey, storage_index, server.tub_id)
+        return self.secrets.slot(writekey, storage_index, server.tub_id)
 
     async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> UploadResults:
         """Store an immutable file, telling `progress` how far it is. Raises NotEnoughServersError."""
-        return await self._uploader.upload(uploadable, progress)
+        return await self.uploader.upload(uploadable, progress)
 
     async def download(self, uri: str | Cap, target: IDownloadTarget) -> Any:
         """IDownloader: a whole file to `target`. Raises WrongKindError for what is no file, NotEnoughSharesError."""
@@ -134,12 +144,15 @@ async def join_grid(node: NodeDirectory) -> AsyncIterator[GridClient]:
         force_foolscap=node.force_foolscap,
     )
     keys = KeyPool()
+    helper = HelperClient(node.helper, keepalive_s=node.keepalive_s) if node.helper is not None else None
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(broker.run)
         await nursery.start(keys.run)
+        if helper is not None:
+            await nursery.start(helper.run)
         try:
-            yield GridClient(node, broker, keys)
+            yield GridClient(node, broker, keys, helper)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001  raised again below: out of the nursery it would come in a group

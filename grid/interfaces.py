@@ -128,13 +128,13 @@ class IEncryptedUploadable(Protocol):
         """The next `length` bytes in pieces; none if `hash_only`, which moves on over what the helper has already."""
 
     async def get_plaintext_hashtree_leaves(self, first: int, last: int, num_segments: int) -> Sequence[bytes]:
-        """Hashes of plaintext segments `first` to `last` - 1, once all was read. Later: helper.
+        """Of plaintext segments `first` to `last` - 1: zeros. Only helpers of 2008 ask.
 
-        No file has these hashes in it any more, so nobody computes them for an upload of our own.
+        True hashes of plaintext would tell whoever sees them what the file is, and no file has them in it any more.
         """
 
     async def get_plaintext_hash(self) -> bytes:
-        """Of the whole plaintext, once all was read. Later: helper."""
+        """Of the whole plaintext: zeros, for the same reason."""
 
     async def close(self) -> None: ...
 

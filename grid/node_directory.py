@@ -35,6 +35,7 @@ from grid.node_files import (
     checked_nickname,
     ensure_node_key,
     make_node_directory,
+    parse_furl,
     read_introducers,
     read_yaml,
     refuse_anonymity,
@@ -97,6 +98,7 @@ class NodeDirectory:
     static_servers: Mapping[str, Mapping[str, Any]] = field(repr=False)  # server id -> announcement
     preferred: tuple[str, ...] = ()  # server ids
     grid_manager_keys: tuple[bytes, ...] = ()  # Ed25519 public keys, 32 bytes each
+    helper: Furl | None = field(default=None, repr=False)  # who uploads for us
     force_foolscap: bool = False
     keepalive_s: float = KEEPALIVE_DEFAULT_S
 
@@ -128,6 +130,7 @@ class NodeDirectory:
             static_servers=_static_servers(private / "servers.yaml"),
             preferred=tuple(i for i in re.split(r"[,\s]+", config.text("client", "peers.preferred", "")) if i),
             grid_manager_keys=_grid_manager_keys(config),
+            helper=_helper(config),
             force_foolscap=config.boolean("client", "force_foolscap", False),
             keepalive_s=config.seconds("node", "timeout.keepalive", KEEPALIVE_DEFAULT_S),
         )
@@ -182,6 +185,11 @@ def _mutable_format(config: Config) -> Literal["sdmf", "mdmf"]:
             return "mdmf"
         case _:
             raise config.wrong("client", "mutable.format", "is neither SDMF nor MDMF")
+
+
+def _helper(config: Config) -> Furl | None:
+    text = config.text("client", "helper.furl", "").strip()
+    return None if text in ("", "None") else parse_furl(text, f"{config.path}: [client] helper.furl")
 
 
 def _grid_manager_keys(config: Config) -> tuple[bytes, ...]:

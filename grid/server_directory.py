@@ -6,7 +6,8 @@
     permutation-seed          base32 text, announced as it stands; fixed when the node first starts
     announcement-seqnum       decimal; one more at every start
     private/node.pem          certificate and key: the identity for both protocols
-    private/introducer.furl, private/storage.furl     with the swissnum, which outlives restarts
+    private/introducer.furl, private/storage.furl, private/helper.furl     with the swissnum, which outlives restarts
+    helper/                   ciphertext that an upload helper holds
 
 What `tahoe` keeps is kept the same way, so that a directory can change hands. What we cannot do (plugins, Tor,
 other endpoints than TCP) is refused rather than done differently.
@@ -40,7 +41,7 @@ from grid.node_files import (
     read_text,
     refuse_anonymity,
 )
-from grid.storage_settings import StorageSettings, parse_size, read_storage_settings
+from grid.storage_settings import StorageSettings, parse_size, read_reserved_space, read_storage_settings
 
 SWISSNUM_BYTES: Final = 20
 KEEPALIVE_DEFAULT_S: Final = 240.0
@@ -67,6 +68,15 @@ enabled = false
 """
 
 
+@frozen
+class HelperSettings:
+    """[helper], checked."""
+
+    directory: Path
+    reserved_space: int  # bytes that must stay free on the disk
+    swissnum: str = field(repr=False)
+
+
 class Endpoint(NamedTuple):
     """Where to listen."""
 
@@ -85,6 +95,7 @@ class ServerDirectory:
     location: str  # hints of our FURLs, "tcp:HOST:PORT[,…]"
     introducer: str | None = field(repr=False)  # the swissnum, if this is an introducer
     storage: StorageSettings | None
+    helper: HelperSettings | None
     introducers: Mapping[str, Furl] = field(repr=False)  # where a storage server announces itself, by petname
     signing_key: SigningKey | None = field(repr=False)
     keepalive_s: float = KEEPALIVE_DEFAULT_S
@@ -101,8 +112,10 @@ class ServerDirectory:
         config = Config.read(path / "tahoe.cfg")
         refuse_anonymity(config)
         is_introducer = (path / "tahoe-introducer.tac").exists()
-        if not is_introducer and not config.boolean("storage", "enabled", True):
-            raise NodeDirectoryError(f"{path}: no service is enabled; see [storage] in its tahoe.cfg")
+        has_storage = not is_introducer and config.boolean("storage", "enabled", True)
+        has_helper = not is_introducer and config.boolean("helper", "enabled", False)
+        if not (is_introducer or has_storage or has_helper):
+            raise NodeDirectoryError(f"{path}: no service is enabled; see [storage] and [helper] in its tahoe.cfg")
         private = path / "private"
         try:
             private.mkdir(mode=0o700, exist_ok=True)
@@ -110,13 +123,16 @@ class ServerDirectory:
             replace_file(path / "my_nodeid", f"{identity.tub_id}\n".encode(), mode=0o644)
             endpoints = _endpoints(config, path / f"{'introducer' if is_introducer else 'client'}.port")
             location = _location(config, endpoints)
-            swissnum, storage, key = None, None, None
+            swissnum, storage, helper, key = None, None, None, None
             if is_introducer:
                 swissnum = _swissnum(private / "introducer.furl", identity, location)
-            else:
+            if has_storage:
                 key = read_node_key(path)
                 furl_name = _swissnum(private / "storage.furl", identity, location)
                 storage = read_storage_settings(config, path, identity, key, furl_name)
+            if has_helper:
+                furl_name = _swissnum(private / "helper.furl", identity, location)
+                helper = HelperSettings(path / "helper", read_reserved_space(config), furl_name)
         except OSError as error:
             raise NodeDirectoryError(f"cannot prepare {path}: {error.strerror}") from error
         return cls(
@@ -127,6 +143,7 @@ class ServerDirectory:
             location=location,
             introducer=swissnum,
             storage=storage,
+            helper=helper,
             introducers={} if is_introducer else read_introducers(config, private / "introducers.yaml"),
             signing_key=key,
             keepalive_s=config.seconds("node", "timeout.keepalive", KEEPALIVE_DEFAULT_S),
@@ -134,7 +151,9 @@ class ServerDirectory:
 
     @property
     def furl_file(self) -> Path:
-        return self.path / "private" / ("introducer.furl" if self.introducer is not None else "storage.furl")
+        """Of the first service it has."""
+        service = "introducer" if self.introducer is not None else "storage" if self.storage is not None else "helper"
+        return self.path / "private" / f"{service}.furl"
 
     def next_seqnum(self) -> int:
         """For one more announcement; kept, so that it is greater than all before. Raises NodeDirectoryError."""

@@ -3,6 +3,7 @@
     node directory → tub ─┬─ introducer                         Foolscap
                           ├─ storage ── shares on disk          Foolscap
                      port ┴─ storage ── the same                HTTP, unless force_foolscap
+                          └─ helper ── a client of the grid     Foolscap
                      publisher: announces the storage to every introducer, again after every reconnection
 
 `serve_node` runs one node until its `stop` is set: then no new connections are taken, requests that came are answered,
@@ -19,16 +20,20 @@ from typing import Any, Final
 import trio
 from attrs import frozen
 
+from grid.client import join_grid
 from grid.crypto import SigningKey, spki_hash_of_certificate
 from grid.errors import NodeDirectoryError, PeerError
 from grid.formats.announcement import SERVICE_STORAGE, SignedAnnouncement, sign_announcement
 from grid.formats.base32 import b2a
 from grid.formats.furl import Furl
+from grid.node_directory import NodeDirectory
 from grid.peers.reconnect import Reconnector, keep_connected
 from grid.server.errors import StorageError
 from grid.server.expirer import Expirer, ExpiryPolicy
 from grid.server.foolscap import FoolscapStorage
 from grid.server.gbs import GBSStorage
+from grid.server.helper import Helper
+from grid.server.helper_files import HelperFiles
 from grid.server.introducer import Introducer
 from grid.server.shares import ShareStore
 from grid.server.storage import StorageService
@@ -89,6 +94,11 @@ async def serve_node(
                 if node.storage.http:
                     handler = GBSStorage(service, node.storage.swissnum)
                     port = CombinedPort(tub=tub, handler=handler, tls=ServerTLS(node.identity))
+            helper: Helper | None = None
+            if node.helper is not None:
+                helper = await nursery.start(_run_helper, node)
+                tub.register(helper, node.helper.swissnum)
+                services.append("helper")
             async with trio.open_nursery() as listening:
                 ports = tuple([await listening.start(_listen, port, node, *endpoint) for endpoint in node.endpoints])
                 if node.storage is not None and node.introducers:
@@ -98,6 +108,8 @@ async def serve_node(
                 task_status.started(Serving(tuple(services), ports, published))
                 await stop.wait()
                 listening.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT_S
+                if helper is not None:
+                    helper.stop()
                 await tub.drain()
                 port.drain()
             if listening.cancel_scope.cancelled_caught:
@@ -115,6 +127,21 @@ async def _listen(
         await port.run(host or _ANY_INTERFACE, number, task_status=task_status)
     except OSError as error:
         raise NodeDirectoryError(f"{node.path}: cannot listen on port {number}: {error.strerror or error}") from error
+
+
+async def _run_helper(node: ServerDirectory, *, task_status: trio.TaskStatus[Helper]) -> None:
+    """With a client of the grid beneath it, of the same node."""
+    settings = node.helper
+    assert settings is not None
+    files = HelperFiles(settings.directory, reserved_space=settings.reserved_space)
+    try:
+        files.prepare()
+    except OSError as error:
+        raise NodeDirectoryError(f"cannot use {settings.directory}: {error.strerror}") from error
+    async with join_grid(NodeDirectory.open(node.path)) as client, trio.open_nursery() as nursery:
+        helper = Helper(files, client.broker, client.uploader, client.secrets)
+        await nursery.start(helper.run)
+        task_status.started(helper)
 
 
 def _open_store(node: ServerDirectory, settings: StorageSettings) -> ShareStore:

@@ -60,14 +60,9 @@ def read_storage_settings(
     if not config.boolean("storage", "anonymous", True):
         raise config.wrong("storage", "anonymous", "is false: only plugins would serve, and tahoefs has none")
     directory = path / (config.text("storage", "storage_dir", "storage").strip() or "storage")
-    reserved = config.text("storage", "reserved_space", "").strip() or "0"
-    try:
-        reserved_space = parse_size(reserved)
-    except NodeDirectoryError:
-        raise config.wrong("storage", "reserved_space", "is not a size such as 10G") from None
     return StorageSettings(
         directory=directory,
-        reserved_space=reserved_space,
+        reserved_space=read_reserved_space(config),
         readonly=_flag(config, "readonly", False),
         http=not _flag(config, "force_foolscap", False),
         expiry=_expiry(config),
@@ -75,6 +70,14 @@ def read_storage_settings(
         certificates=_certificates(config, path) if _flag(config, "grid_management", False) else (),
         swissnum=swissnum,
     )
+
+
+def read_reserved_space(config: Config) -> int:
+    """Bytes that must stay free on the disk."""
+    try:
+        return parse_size(config.text("storage", "reserved_space", "").strip() or "0")
+    except NodeDirectoryError:
+        raise config.wrong("storage", "reserved_space", "is not a size such as 10G") from None
 
 
 def _flag(config: Config, key: str, default: bool) -> bool:

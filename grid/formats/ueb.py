@@ -57,13 +57,17 @@ class URIExtension:
         """The exact bytes every share holds."""
         if self.crypttext_hash is None:
             raise ValueError("a UEB is written with its crypttext_hash")
+        return b"".join(key.encode() + b":" + netstring(value) for key, value in sorted(self.fields().items()))
+
+    def fields(self) -> dict[str, bytes]:
+        """{key: value as it stands in the UEB}; no `crypttext_hash` when there is none."""
         hashes = {
-            b"crypttext_hash": self.crypttext_hash,
             b"crypttext_root_hash": self.crypttext_root_hash,
             b"share_root_hash": self.share_root_hash,
         }
-        values = hashes | self._derived_values()
-        return b"".join(key + b":" + netstring(values[key]) for key in sorted(values))
+        if self.crypttext_hash is not None:
+            hashes[b"crypttext_hash"] = self.crypttext_hash
+        return {key.decode("ascii"): value for key, value in (hashes | self._derived_values()).items()}
 
     def hash(self) -> bytes:
         """32 bytes: what goes into the cap."""
@@ -116,6 +120,18 @@ class URIExtension:
         return extension
 
 
+def read_unproven(data: bytes | memoryview) -> URIExtension:
+    """A UEB by its own word alone, for who has no cap: what it says of k, N and size must agree with the rest of it.
+
+    Raises FormatError.
+    """
+    if len(data) >= UEB_BYTES_MAX:
+        raise FormatError(f"UEB of {UEB_BYTES_MAX} bytes or more")
+    values = _split(bytes(data))
+    k, n, size = (_read_number(values, key) for key in (b"needed_shares", b"total_shares", b"size"))
+    return URIExtension.unpack(data, ueb_hash=uri_extension_hash(data), k=k, n=n, size=size, strict=True)
+
+
 def expected_ueb_size(segmentation: Segmentation, n: int) -> int:
     """Bytes the UEB of such a file takes: an upload must know before it has encoded anything."""
     blank = bytes(HASH_BYTES)
@@ -153,11 +169,15 @@ def _read_hash(values: dict[bytes, bytes], key: bytes) -> bytes:
     return value
 
 
-def _read_segment_size(values: dict[bytes, bytes], *, k: int, size: int) -> int:
-    text = values.get(b"segment_size", b"")
+def _read_number(values: dict[bytes, bytes], key: bytes) -> int:
+    text = values.get(key, b"")
     if not _NUMBER.fullmatch(text):
-        raise FormatError("UEB lacks a usable segment_size")
-    segment_size = int(text)
+        raise FormatError(f"UEB lacks a usable {key.decode('ascii')}")
+    return int(text)
+
+
+def _read_segment_size(values: dict[bytes, bytes], *, k: int, size: int) -> int:
+    segment_size = _read_number(values, b"segment_size")
     if not 1 <= segment_size <= SEGMENT_BYTES_MAX or segment_size % k:
         raise FormatError(f"UEB has an impossible segment size for k={k}")
     if -(-size // segment_size) > SEGMENTS_MAX:

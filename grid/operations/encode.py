@@ -27,10 +27,11 @@ Buffer = bytes | memoryview
 
 
 class Encoder:
-    """IEncoder. After start(), `pushed` tells the share numbers that were stored now."""
+    """IEncoder. After start(), `pushed` tells the share numbers that were stored now, `ueb` is in every share."""
 
     def __init__(self) -> None:
         self.pushed: frozenset[int] = frozenset()
+        self.ueb = b""
         self._pushers: list[SharePusher] = []
         self._sharemap: dict[int, set[str]] = {}
 
@@ -90,6 +91,7 @@ class Encoder:
             await abort_all([pusher.writer for pusher in self._pushers if not pusher.done])
             raise
         self.pushed = frozenset(pusher.writer.share_number for pusher in self._pushers if pusher.done)
+        self.ueb = tail.ueb
         size = self.segments.segmentation.size
         return tail.ueb_hash, self._params.k, self._params.n, size
 

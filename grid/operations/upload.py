@@ -1,6 +1,7 @@
 """Uploader: stores one immutable file and returns its cap.
 
     key (hashing pass) → servers (placement.py) → encode and push (encode.py) → cap
+                       └ or a helper does that (helped_upload.py), as long as there is one
 
 Files of up to 55 bytes become literal caps and need no server. Convergent uploads of the same contents give
 the same cap; two at once in this process are done one after the other, since a server refuses a share that
@@ -22,11 +23,19 @@ from grid.formats.caps import CHKReadCap, LiteralCap
 from grid.formats.segments import LITERAL_BYTES_MAX
 from grid.interfaces import IStorageBroker, IUploadable, IUploadProgress
 from grid.operations.encode import Encoder
+from grid.operations.helped_upload import HelpedUploads, HelperLiedError
 from grid.operations.leases import Secrets
 from grid.operations.placement import QUERY_TIMEOUT_S, Selection, ServerSelector, Suspects, UploadSpec
 from grid.operations.push import IShareholder
 from grid.operations.share_writer import ShareWriter
-from grid.operations.uploadables import DataUploadable, EncryptAnUploadable, FileUploadable
+from grid.operations.uploadables import (
+    DataUploadable,
+    EncryptAnUploadable,
+    FileUploadable,
+    FreshKey,
+    ICiphertextSource,
+    IRewindable,
+)
 
 __all__ = ["DataUploadable", "FileUploadable", "UploadResults", "Uploader", "chk_cap_of"]
 
@@ -50,6 +59,20 @@ class UploadResults:
         return str(self.cap)
 
 
+@frozen
+class StoredShares:
+    """What became of one file's ciphertext."""
+
+    ueb_hash: bytes = field(repr=False)
+    ueb: bytes = field(repr=False)
+    k: int
+    n: int
+    size: int  # bytes
+    pushed: int
+    preexisting: int
+    sharemap: Mapping[int, frozenset[str]]  # {share number: server ids}
+
+
 @define
 class _Turn:
     lock: trio.Lock = field(factory=trio.Lock)
@@ -60,9 +83,15 @@ class Uploader:
     """IUploader: one per grid. Any number of uploads may run at once; bounding them is the caller's job."""
 
     def __init__(
-        self, broker: IStorageBroker, secrets: Secrets, default_parameters: Mapping[str, int] | None = None
+        self,
+        broker: IStorageBroker,
+        secrets: Secrets,
+        default_parameters: Mapping[str, int] | None = None,
+        *,
+        helped: HelpedUploads | None = None,
     ) -> None:
         self._broker = broker
+        self._helped = helped
         self._secrets = secrets
         self._default_parameters = default_parameters
         self._suspects = Suspects()
@@ -76,13 +105,42 @@ class Uploader:
             literal = await _literal(uploadable)
             if literal is not None:
                 return UploadResults(literal)
-            encoder = await Encoder().set_encrypted_uploadable(EncryptAnUploadable(uploadable))
-            storage_index = encoder.get_param("storage_index")
-            async with self._turn(storage_index):
-                return await self._store(storage_index, encoder, await uploadable.get_encryption_key(), progress)
+            source = EncryptAnUploadable(uploadable)
+            async with self._turn(await source.get_storage_index()):
+                if self._helped is not None:
+                    try:
+                        if (results := await self._by_helper(self._helped, uploadable, progress)) is not None:
+                            return results
+                    except HelperLiedError as error:
+                        # Under this storage index there may be anything by now.
+                        log.error("%s; the file is stored without it, under another key", error)
+                        source = EncryptAnUploadable(uploadable := FreshKey(uploadable))
+                    if isinstance(uploadable, IRewindable):
+                        uploadable.rewind()
+                stored = await self._store(source, progress)
+                cap = CHKReadCap(
+                    await uploadable.get_encryption_key(), stored.ueb_hash, stored.k, stored.n, stored.size
+                )
+                return UploadResults(cap, stored.pushed, stored.preexisting, stored.sharemap)
         finally:
             with trio.CancelScope(shield=True):  # closing a file does not wait for anything
                 await uploadable.close()
+
+    async def store_ciphertext(self, source: ICiphertextSource) -> StoredShares:
+        """For who has no key: store what is encrypted already. Raises NotEnoughServersError. Does not close it."""
+        async with self._turn(await source.get_storage_index()):
+            return await self._store(source)
+
+    @staticmethod
+    async def _by_helper(
+        helped: HelpedUploads, uploadable: IUploadable, progress: IUploadProgress | None
+    ) -> UploadResults | None:
+        found = await helped.upload(uploadable, progress)
+        if found is None:
+            return None
+        tail, told = found
+        cap = CHKReadCap(await uploadable.get_encryption_key(), tail.ueb_hash, told.k, told.n, told.size)
+        return UploadResults(cap, told.pushed_shares, told.preexisting_shares, told.sharemap)
 
     @asynccontextmanager
     async def _turn(self, storage_index: bytes) -> AsyncIterator[None]:
@@ -96,9 +154,9 @@ class Uploader:
             if not turn.users:
                 del self._turns[storage_index]
 
-    async def _store(
-        self, storage_index: bytes, encoder: Encoder, key: bytes, progress: IUploadProgress | None
-    ) -> UploadResults:
+    async def _store(self, source: ICiphertextSource, progress: IUploadProgress | None = None) -> StoredShares:
+        encoder = await Encoder().set_encrypted_uploadable(source)
+        storage_index = encoder.get_param("storage_index")
         _, happy, n = encoder.get_param("share_counts")
         share_size = encoder.get_param("share_size")
         selector = ServerSelector(
@@ -120,7 +178,7 @@ class Uploader:
             await self._renew_leases(storage_index, selection)
         preexisting = len(selection.existing.keys())
         log.debug("stored: %d shares sent, %d there before", len(encoder.pushed), preexisting)
-        return UploadResults(CHKReadCap(key, ueb_hash, k, n, size), len(encoder.pushed), preexisting, encoder.sharemap)
+        return StoredShares(ueb_hash, encoder.ueb, k, n, size, len(encoder.pushed), preexisting, encoder.sharemap)
 
     async def _renew_leases(self, storage_index: bytes, selection: Selection) -> None:
         """On servers that hold shares but were not asked to take one, which renews too. Best effort."""

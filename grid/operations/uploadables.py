@@ -30,6 +30,8 @@ DEFAULT_PARAMETERS: Final[Mapping[str, int]] = {"k": 3, "happy": 7, "n": 10, "ma
 SHARES_MAX: Final = 256
 HASH_CHUNK_BYTES: Final = 1 << 20
 HASH_HOP_BYTES: Final = 16 << 20  # per thread hop of the key pass, so that cancelling does not wait for a whole file
+# Hashes of plaintext would tell a helper, and everybody else, what a file is: shares have zeros instead.
+_NO_HASH: Final = bytes(hashutil.HASH_BYTES)
 
 
 class SourceChangedError(GridError):
@@ -41,6 +43,13 @@ class ISyncReadable(Protocol):
     """An uploadable that can be read from a worker thread."""
 
     def read_sync(self, length: int) -> Sequence[Buffer]: ...
+
+
+@runtime_checkable
+class IRewindable(Protocol):
+    """An uploadable that can be read again from its start."""
+
+    def rewind(self) -> None: ...
 
 
 class ICiphertextSource(Protocol):
@@ -130,6 +139,9 @@ class DataUploadable(_Uploadable):
     def _pread(self, offset: int, length: int) -> Buffer:
         return self._data[offset : offset + length]
 
+    def rewind(self) -> None:
+        self._position = 0
+
     async def close(self) -> None:
         self._data = memoryview(b"")
 
@@ -183,14 +195,45 @@ class FileUploadable(_Uploadable):
             piece += more
         return piece
 
+    def rewind(self) -> None:
+        self._position = 0
+
     async def close(self) -> None:
         if self._path is not None and self._fd is not None:
             fd, self._fd, self._path = self._fd, None, None
             os.close(fd)
 
 
+class FreshKey:
+    """The same plaintext under a random key, from its start again. Its owner still closes the other uploadable."""
+
+    def __init__(self, uploadable: IUploadable) -> None:
+        assert isinstance(uploadable, IRewindable)
+        uploadable.rewind()
+        self._uploadable = uploadable
+        self._key = secrets.token_bytes(crypto.KEY_BYTES)
+
+    def set_default_encoding_parameters(self, params: Mapping[str, int]) -> None:
+        self._uploadable.set_default_encoding_parameters(params)
+
+    async def get_size(self) -> int:
+        return await self._uploadable.get_size()
+
+    async def get_all_encoding_parameters(self) -> EncodingParameters:
+        return await self._uploadable.get_all_encoding_parameters()
+
+    async def get_encryption_key(self) -> bytes:
+        return self._key
+
+    async def read(self, length: int) -> Sequence[Buffer]:
+        return await self._uploadable.read(length)
+
+    async def close(self) -> None:
+        await self._uploadable.close()
+
+
 class EncryptAnUploadable:
-    """IEncryptedUploadable but for plaintext hashes: an uploadable's ciphertext, one AES-CTR stream over the file."""
+    """IEncryptedUploadable: an uploadable's ciphertext, one AES-CTR stream over the file."""
 
     def __init__(self, uploadable: IUploadable) -> None:
         self._uploadable = uploadable
@@ -231,6 +274,12 @@ class EncryptAnUploadable:
     def _encrypt(self, pieces: Sequence[Buffer]) -> list[Buffer]:
         assert self._stream is not None
         return [self._stream.update(piece) for piece in pieces]
+
+    async def get_plaintext_hashtree_leaves(self, first: int, last: int, num_segments: int) -> Sequence[bytes]:
+        return [_NO_HASH] * len(range(num_segments)[first:last])
+
+    async def get_plaintext_hash(self) -> bytes:
+        return _NO_HASH
 
     async def close(self) -> None:
         await self._uploadable.close()

@@ -35,6 +35,7 @@ _HELD_SHARE: Final = Between(0, SHARES_MAX - 1)  # in answers; what is asked for
 _BYTES = Bytes()
 _STORAGE_INDEX = Bytes(most=16)
 _SECRET = Bytes(exactly=32)
+_HASH = Bytes(exactly=32)
 _VERSION = DictOf(_BYTES, ANY)
 
 RIBroker: Final = RemoteInterface(
@@ -123,6 +124,9 @@ RIEncryptedUploadable: Final = RemoteInterface(
         "get_size": method(OFFSET),
         "get_all_encoding_parameters": method(TupleOf((INT, INT, INT, INT))),
         "read_encrypted": method(ListOf(_BYTES), offset=OFFSET, length=INT),
+        # asked by helpers of 2008 only
+        "get_plaintext_hashtree_leaves": method(ListOf(_HASH), first=INT, last=INT, num_segments=INT),
+        "get_plaintext_hash": method(_HASH),
         "close": method(NONE),
     },
 )

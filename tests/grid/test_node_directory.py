@@ -160,6 +160,13 @@ def test_secrets_do_not_show(tmp_path: Path) -> None:
     assert "swissnum" not in shown and repr(node.lease_secret) not in shown and repr(node.convergence) not in shown
 
 
+@pytest.mark.parametrize("text, has_one", [("", False), ("None", False), (" pb://%s@tcp:h:1/x" % ("a" * 32), True)])
+def test_a_helper(tmp_path: Path, text: str, has_one: bool) -> None:
+    node = NodeDirectory.open(make(tmp_path, f"[client]\nhelper.furl = {text}\n"))
+    assert (node.helper is not None) == has_one
+    assert "pb://" not in repr(node)
+
+
 def test_create_and_open(tmp_path: Path) -> None:
     path = tmp_path / "new" / "node"
     create_client_directory(path, introducers=[FURL, OTHER_FURL], nickname="50 % ü", shares=(1, 2, 3))

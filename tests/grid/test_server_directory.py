@@ -55,6 +55,25 @@ def test_a_storage_server_and_what_stays_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "node" / "announcement-seqnum").read_text() == "2\n"
 
 
+def test_a_helper(tmp_path: Path) -> None:
+    """Alone, or beside the storage; its FURL stays the same, and never shows."""
+    node = storage(tmp_path / "both", reserved_space="5Gi")
+    assert node.helper is None
+    config = tmp_path / "both" / "tahoe.cfg"
+    config.write_text(config.read_text().replace("[helper]\nenabled = false", "[helper]\nenabled = true"))
+    node, again = ServerDirectory.open(tmp_path / "both"), ServerDirectory.open(tmp_path / "both")
+    assert node.helper is not None and again.helper == node.helper
+    assert (node.helper.directory, node.helper.reserved_space) == (tmp_path / "both" / "helper", 5 << 30)
+    furl = Furl.parse((tmp_path / "both" / "private" / "helper.furl").read_text())
+    assert (furl.tub_id, furl.name) == (node.identity.tub_id, node.helper.swissnum)
+    assert furl.name not in repr(node) and node.furl_file.name == "storage.furl"
+    config.write_text(
+        config.read_text().replace("[storage]\n", "[storage]\nenabled = false\n").replace("enabled = true\n#", "#")
+    )
+    alone = ServerDirectory.open(tmp_path / "both")
+    assert alone.storage is None and alone.helper == node.helper and alone.furl_file.name == "helper.furl"
+
+
 def test_permutation_seeds(tmp_path: Path) -> None:
     """A fresh server has base32 of base32 text, one with shares from before its tub id; what is set stays."""
     fresh = storage(tmp_path / "fresh")

@@ -69,6 +69,38 @@ async def test_a_grid_from_its_node_directories(
     assert (tmp_path / "server" / "announcement-seqnum").read_text() == "2\n"
 
 
+async def test_a_helper_of_a_grid(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """From its node directory alone: a client that names it sends it the file, and it comes to the server."""
+    introducer = introducer_at(tmp_path / "introducer")
+    server = storage_at(tmp_path / "server", introducer)
+    await nursery.start(serve_node, introducer, trio.Event())
+    serving: Serving = await nursery.start(serve_node, server, trio.Event())
+    await serving.published.wait()
+    directory = tmp_path / "helper"
+    storage_at(directory, introducer, "enabled = false")
+    config = directory / "tahoe.cfg"
+    text = config.read_text().replace("[storage]\nenabled = false\nenabled = true", "[storage]\nenabled = false")
+    config.write_text(text.replace("[helper]\nenabled = false", "[helper]\nenabled = true"))
+    helper, stop = ServerDirectory.open(directory), trio.Event()
+    serving = await nursery.start(serve_node, helper, stop)
+    assert serving.services == ("helper",) and serving.published.is_set()
+    create_client_directory(tmp_path / "client", introducers=[introducer.furl_file.read_text()], shares=(1, 1, 1))
+    config = tmp_path / "client" / "tahoe.cfg"
+    furl = helper.furl_file.read_text().strip()
+    config.write_text(config.read_text().replace("[client]\n", f"[client]\nhelper.furl = {furl}\n"))
+    data = bytes(range(256)) * 400
+    async with grid.join_grid(grid.NodeDirectory.open(tmp_path / "client")) as client:
+        await client.need_servers(1)
+        results = await client.upload(grid.DataUploadable(data, convergence=b""))
+        assert results.pushed_shares == 1 and client.helper is not None and client.helper.connected
+        assert await client.create_node_from_uri(results.uri).download_to_data() == data
+        stop.set()
+        await until(lambda: client.helper is not None and not client.helper.connected)
+        again = await client.upload(grid.DataUploadable(data * 2, convergence=b""))
+        assert again.pushed_shares == 1
+    nursery.cancel_scope.cancel()
+
+
 def announced(path: Path, text: str = "") -> dict[str, Any]:
     server = storage_at(path / "server", introducer_at(path / "introducer"), text)
     assert isinstance(server.storage, StorageSettings)

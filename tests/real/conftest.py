@@ -41,6 +41,11 @@ def node_dir(real_grid: TahoeGrid) -> Path:
 @pytest.fixture
 def mounted(node_dir: Path, tmp_path: Path) -> Mounter:
     """`with mounted(cap, "ro") as mount:` mounts by the command line and unmounts at the end, sending everything."""
+    return mounter(node_dir, tmp_path)
+
+
+def mounter(node_dir: Path, tmp_path: Path) -> Mounter:
+    """The same for any node directory. Skips where nothing can be mounted."""
     if (reason := can_mount()) is not None:
         pytest.skip(reason)
     count = 0

@@ -13,7 +13,7 @@ from grid.errors import FormatError
 from grid.formats.hashutil import uri_extension_hash
 from grid.formats.netstring import netstring
 from grid.formats.segments import Segmentation, choose_segment_size
-from grid.formats.ueb import SEGMENT_BYTES_MAX, UEB_BYTES_MAX, URIExtension, expected_ueb_size
+from grid.formats.ueb import SEGMENT_BYTES_MAX, UEB_BYTES_MAX, URIExtension, expected_ueb_size, read_unproven
 from tests.vectors import name_of, section
 
 CHK = section("formats.json", "chk")
@@ -189,3 +189,31 @@ def test_noise_raises_nothing_else(data: bytes) -> None:
 def test_repr_shows_no_hashes() -> None:
     extension = evolve(extension_of(CHK[0]), crypttext_hash=b"Q" * 32)
     assert "QQQQ" not in repr(extension)
+
+
+@pytest.mark.parametrize("vector", CHK, ids=name_of)
+def test_a_ueb_tells_what_the_cap_would(vector: dict[str, Any]) -> None:
+    assert read_unproven(bytes.fromhex(vector["ueb"])) == extension_of(vector)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"needed_shares": b"3", "total_shares": b"10"},
+        {"needed_shares": b"3", "total_shares": b"2", "size": b"100"},
+        {"needed_shares": b"3", "total_shares": b"10", "size": b"0"},
+        {"needed_shares": b"3", "total_shares": b"10", "size": b"x"},
+        {"needed_shares": b"3", "total_shares": b"10", "size": b"100", "num_segments": b"2"},
+        {"needed_shares": b"3", "total_shares": b"10", "size": b"100", "codec_params": b"102-3-11"},
+    ],
+)
+def test_a_ueb_that_does_not_agree_with_itself(values: dict[str, bytes]) -> None:
+    with pytest.raises(FormatError):
+        read_unproven(ueb(**values))
+
+
+@given(st.binary(max_size=3000))
+def test_only_the_named_error_escapes_from_what_nobody_vouches_for(data: bytes) -> None:
+    with pytest.raises(FormatError):
+        read_unproven(data)

@@ -73,6 +73,7 @@ class Relay:
         self._target = port
         self._scopes: set[trio.CancelScope] = set()
         self.port = 0
+        self.sent = 0  # bytes from those who dialled
 
     async def start(self) -> None:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -80,18 +81,24 @@ class Relay:
         await self._nursery.start(trio.serve_listeners, self._accept, listeners)
 
     async def _accept(self, inner: trio.SocketStream) -> None:
-        async with await trio.open_tcp_stream("127.0.0.1", self._target) as outer:
+        try:
+            outer = await trio.open_tcp_stream("127.0.0.1", self._target)
+        except OSError:
+            await inner.aclose()
+            return
+        async with inner, outer:
             with trio.CancelScope() as scope:
                 self._scopes.add(scope)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._pump, inner, outer)
-                    nursery.start_soon(self._pump, outer, inner)
+                    nursery.start_soon(self._pump, inner, outer, True)
+                    nursery.start_soon(self._pump, outer, inner, False)
             if scope.cancelled_caught:
                 await trio.sleep_forever()  # both streams stay open
 
-    async def _pump(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+    async def _pump(self, source: trio.SocketStream, target: trio.SocketStream, counted: bool) -> None:
         try:
             async for piece in source:
+                self.sent += len(piece) * counted
                 await target.send_all(piece)
             await target.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
