@@ -23,6 +23,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from cache.publishing import Published, publish
 from cache.replacements import Replacements
 from cache.spool import Spool
 from cache.uploads import Uploads
-from grid.errors import GridError
+from grid.errors import GridError, PeerTimeoutError
 from grid.formats.caps import Cap
 
 log = logging.getLogger(__name__)
@@ -331,18 +332,29 @@ class Committer:
 
     # --- waiting
 
-    async def wait(self, upto: int) -> None:
+    async def wait(self, upto: int, stall_s: float = math.inf) -> None:
         """Return when all up to position `upto` is on the grid, linked up to the root, or wanted no more.
 
-        Holds nothing back meanwhile. Raises the error of what has failed WAIT_ATTEMPTS times since this call.
+        Holds nothing back meanwhile. Raises the error of what has failed WAIT_ATTEMPTS times since this call,
+        PeerTimeoutError when nothing at all has got any further for `stall_s`.
         """
         with self._urgency(upto):
             before = {thing: thing.attempts for thing, _ in self._failing()}
+            progress, moved_at = self._progress(), trio.current_time()
             while not self._journal.settled(upto):
                 for thing, position in self._failing():
                     if position <= upto and thing.attempts - before.get(thing, 0) >= WAIT_ATTEMPTS and thing.error:
                         raise thing.error.with_traceback(None)
-                await self._journal.changed()
+                with trio.move_on_at(moved_at + stall_s):
+                    await self._journal.changed()
+                if self._progress() != progress:
+                    progress, moved_at = self._progress(), trio.current_time()
+                elif trio.current_time() - moved_at >= stall_s:
+                    raise PeerTimeoutError(f"nothing could be sent for {stall_s:g} s")
+
+    def _progress(self) -> tuple[int, ...]:
+        """Is another tuple whenever something has got further."""
+        return self.uploads.meter.total, self.uploads.stored, self.publishes, len(self._journal)
 
     @contextmanager
     def _urgency(self, upto: int) -> Iterator[None]:

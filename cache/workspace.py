@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
@@ -359,15 +360,17 @@ class Workspace:
 
     # --- waiting, and what there is to know
 
-    async def wait(self, position: Position | None = None, *, timeout_s: float | None = None) -> None:
+    async def wait(
+        self, position: Position | None = None, *, timeout_s: float | None = None, stall_s: float = math.inf
+    ) -> None:
         """Return once all up to `position` (None: up to now) is on the grid and linked up to the root.
 
         What is waited for goes out at once. Raises what keeps it from getting there if that has failed repeatedly
-        since this call, PeerTimeoutError after `timeout_s`; it goes on being tried.
+        since this call, PeerTimeoutError after `timeout_s`, or `stall_s` without any progress; it goes on being tried.
         """
         upto = self._journal.position if position is None else position
-        with trio.move_on_after(float("inf") if timeout_s is None else timeout_s) as scope:
-            await self._committer.wait(upto)
+        with trio.move_on_after(math.inf if timeout_s is None else timeout_s) as scope:
+            await self._committer.wait(upto, stall_s)
         if scope.cancelled_caught:
             raise PeerTimeoutError(f"{len(self._journal)} changes are not on the grid after {timeout_s:g} s")
 

@@ -50,6 +50,7 @@ class Folder:
     rank: int
     loaded: bool = False
     nascent: dict[str, Inode] = field(factory=dict)  # files created but not stored yet: names the workspace lacks
+    refresh_at: float = 0.0  # trio's clock: the grid did not answer, so the listing there is will do until then
     changed_ns: int = 0  # when a name here last changed, as far as this mount knows
     lock: trio.Lock = field(factory=trio.Lock)
     _scanned: int | None = None  # the directory's generation for which the next two hold

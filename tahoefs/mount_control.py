@@ -26,6 +26,7 @@ from tahoefs.errnos import exit_code_of
 from tahoefs.mount_config import MountConfig
 from tahoefs.progress import in_words
 
+SYNC_STALL_S: Final = 120.0  # a sync in which nothing at all gets any further for so long has failed
 PROGRESS_INTERVAL_S: Final = 0.5
 PROGRESS_SHARE: Final = 0.1  # of the time may go into counting what is left, when that is very much
 
@@ -78,7 +79,8 @@ class MountControl:
         timeout_s = request.get("timeout_s")
         try:
             async with telling(self._workspace, progress):
-                await self._workspace.wait(timeout_s=float(timeout_s) if timeout_s is not None else None)
+                limit_s = float(timeout_s) if timeout_s is not None else None
+                await self._workspace.wait(timeout_s=limit_s, stall_s=SYNC_STALL_S)
         except (GridError, OSError, trio.TooSlowError) as error:
             raise self.unsent("not on the grid: {}" + f": {error}; it is tried again", exit_code_of(error)) from error
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 NAME_BYTES_MAX: Final = 255
 REFRESH_PATIENCE_S: Final = 4.0  # then a listing we have answers, even if it is older than `poll`
+REFRESH_PAUSE_S: Final = 15.0  # and goes on answering without asking, or every call would wait so long
 FIRST_LOAD_TIMEOUT_S: Final = 9.0  # without any listing; inside the deadline of a metadata request
 GRID_WAIT_TIMEOUT_S: Final = 600.0  # `durability=grid`: one call's wait until it is on the grid
 FOREVER_S: Final = 3600.0  # how long the kernel may keep what cannot change
@@ -127,14 +128,16 @@ class VFSCore:
             with trio.fail_after(FIRST_LOAD_TIMEOUT_S):
                 await self.workspace.load(directory, None)
             folder.loaded = True
-        elif not directory.immutable:
+        elif not directory.immutable and trio.current_time() >= folder.refresh_at:
             generation = directory.generation
             with trio.move_on_after(REFRESH_PATIENCE_S) as patience:
                 try:
                     await self.workspace.load(directory, self.options.poll_s)
                 except GridError as error:
                     log.info("listing not refreshed, an older one is used: %s", error)
+                    folder.refresh_at = trio.current_time() + REFRESH_PAUSE_S
             if patience.cancelled_caught:
+                folder.refresh_at = trio.current_time() + REFRESH_PAUSE_S
                 log.info("listing not refreshed within %g s, an older one is used", REFRESH_PATIENCE_S)
             if directory.generation != generation:
                 folder.notice_foreign_change()

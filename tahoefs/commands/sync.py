@@ -19,7 +19,10 @@ ANSWER_TIMEOUT_S: Final = 60.0
 @click.argument("path", type=click.Path(path_type=Path), default=".")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), help="Fail after so many seconds.")
 def command(path: Path, timeout_s: float | None) -> None:
-    """Return once everything written before this call, in the mount that PATH is in, is on the grid."""
+    """Return once everything written before this call, in the mount that PATH is in, is on the grid.
+
+    Fails, and says how much is not there, after three failures of one thing or two minutes without any progress.
+    """
     found = find_mount(path)
     if found is None:
         raise UserError(f"{path}: not in a tahoefs mount of yours")

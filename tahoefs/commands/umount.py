@@ -28,7 +28,10 @@ INTERRUPTED: Final = 130  # exit code
 @click.option("--no-wait", is_flag=True, help="Unmount at once; what is unsent is sent by the next mount.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), help="Give up after so many seconds.")
 def command(mountpoint: Path, no_wait: bool, timeout_s: float | None) -> None:
-    """Send what is unsent to the grid, then unmount MOUNTPOINT. When it cannot be sent, it stays mounted."""
+    """Send what is unsent to the grid, then unmount MOUNTPOINT. When it cannot be sent, it stays mounted.
+
+    It cannot after three failures of one thing or two minutes without any progress.
+    """
     where = absolute(mountpoint)
     socket = find_socket(where)
     mounted = filesystem_at(where) == FUSE_TYPE

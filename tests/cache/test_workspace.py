@@ -568,3 +568,26 @@ async def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 
 def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir())
+
+
+async def test_a_file_is_pending_until_its_directory_leads_to_it(tmp_path: Path) -> None:
+    async with mounted(tmp_path, SLOW) as (_, workspace):
+        _, target = await put(workspace, workspace.root, "file", DATA)
+        while target.cap is None:
+            await trio.lowlevel.checkpoint()
+        status = workspace.status()
+        assert status["pending"] == {"files": 1, "bytes": 0, "directories": 1}
+        assert [each["stage"] for each in status["uploads"]] == ["linking"]
+        await workspace.wait()
+        assert workspace.status()["pending"] == {"files": 0, "bytes": 0, "directories": 0}
+
+
+async def test_waiting_ends_when_nothing_gets_any_further(tmp_path: Path) -> None:
+    async with mounted(tmp_path) as (client, workspace):
+        client.pause()
+        await put(workspace, workspace.root, "file", DATA)
+        with pytest.raises(PeerTimeoutError, match="nothing could be sent"):
+            await workspace.wait(stall_s=0.1)
+        client.resume()
+        await workspace.wait(stall_s=60)
+        assert "file" in await listing(client, workspace)
