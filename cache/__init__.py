@@ -2,7 +2,9 @@
 
 This is the facade: whoever uses this package imports from here alone.
 
-    async with open_workspace(client, root, state_dir=…, options=WorkspaceOptions()) as workspace:
+    async with open_disk(state_dir / "cache", limit_bytes) as disk:
+        contents = await read_directory(client, cap, disk)
+    async with open_workspace(client, root, state_dir=…, options=WorkspaceOptions(), disk=disk) as workspace:
         await workspace.load(workspace.root)
         contents = await workspace.new_contents()
         await contents.write(0, b"…")
@@ -12,7 +14,9 @@ This is the facade: whoever uses this package imports from here alone.
 
 from cache.contents import FileTooLargeError, WritableContents
 from cache.directories import Directory, Entry, Target
+from cache.disk_tier import DiskTier, open_disk
 from cache.journal import JournalFullError
+from cache.kept import kept_directory, read_directory
 from cache.layers import Contents
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile
@@ -22,6 +26,7 @@ from cache.workspace import Position, Workspace, open_workspace
 __all__ = [
     "Contents",
     "Directory",
+    "DiskTier",
     "Entry",
     "FileTooLargeError",
     "JournalFullError",
@@ -32,5 +37,8 @@ __all__ = [
     "Workspace",
     "WorkspaceOptions",
     "WritableContents",
+    "kept_directory",
+    "open_disk",
     "open_workspace",
+    "read_directory",
 ]

@@ -14,11 +14,14 @@ No locks: `_fetches` is looked at and changed without an await between.
 from __future__ import annotations
 
 import logging
-from typing import Final
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, TypeVar
 
 import trio
 from cachetools import LRUCache
 
+from cache.connectivity import Connectivity
 from cache.disk_tier import BlockName, DiskTier
 from grid.errors import FormatError, GridError
 from grid.interfaces import IReadableSnapshot
@@ -30,6 +33,7 @@ PREFETCH_BYTES_MAX: Final = 16 << 20  # fetches under way that only read-ahead w
 
 FACTS_NUMBER: Final = (1 << 64) - 1  # of the block that has no bytes, only its file's segment size
 
+T = TypeVar("T")
 SegmentKey = tuple[bytes, bytes, int]  # storage index, version, segment number
 
 
@@ -54,9 +58,16 @@ class _Fetch:
 class BlockCache:
     """Segments by storage index, version and number; at most `limit_bytes` of them are kept."""
 
-    def __init__(self, nursery: trio.Nursery, limit_bytes: int, disk: DiskTier | None = None) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        limit_bytes: int,
+        disk: DiskTier | None = None,
+        connectivity: Connectivity | None = None,
+    ) -> None:
         self._nursery = nursery
         self._disk = disk
+        self._connectivity = connectivity
         self._segments: LRUCache[SegmentKey, bytes | memoryview] = LRUCache(limit_bytes, getsizeof=len)
         self._fetches: dict[SegmentKey, _Fetch] = {}
         self._segment_sizes: LRUCache[tuple[bytes, bytes], int] = LRUCache(SEGMENT_SIZES_MAX)
@@ -80,7 +91,7 @@ class BlockCache:
             snapshot.remember_segment_size(size)
             self._segment_sizes[key] = size
             return size
-        size = await snapshot.get_segment_size()
+        size = await self._reach(snapshot.get_segment_size)
         if size <= 0:
             raise FormatError("a file's segments have no size")
         self._segment_sizes[key] = size
@@ -156,7 +167,7 @@ class BlockCache:
                 fetch.data = await self._read_kept(snapshot, key[2], fetch.size)
                 if not fetch.data:
                     fetch.from_grid = True
-                    fetch.data = segment = await snapshot.get_segment(key[2])
+                    fetch.data = segment = await self._reach(partial(snapshot.get_segment, key[2]))
                     await self._keep_on_disk(snapshot, key[2], segment)
                 fetch.error = None
                 self._keep(key, fetch.data)
@@ -169,6 +180,9 @@ class BlockCache:
             if self._fetches.get(key) is fetch:
                 del self._fetches[key]
             fetch.done.set()
+
+    async def _reach(self, work: Callable[[], Awaitable[T]]) -> T:
+        return await (work() if self._connectivity is None else self._connectivity.reach(work))
 
     def _keep(self, key: SegmentKey, data: bytes | memoryview) -> None:
         if len(data) <= self.limit_bytes:

@@ -25,7 +25,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -93,6 +93,7 @@ class Committer:
         self._urgent: dict[object, int] = {}  # waiter -> position
         self.uploads = Uploads(nursery, client, spool, options, self._uploaded, self.retry_delay_s, self._is_awaited)
         self.replacements = Replacements(nursery, client, journal, self.retry_delay_s)
+        self.on_published: Callable[[Published], None] = lambda published: None  # somebody may want to keep it
         self.publishes = 0
         self.conflicts = 0
 
@@ -274,6 +275,7 @@ class Committer:
                 if isinstance(change.target, Directory):
                     change.target.linked = True
                 self._settle(change)
+        self.on_published(published)
         odd = directory.rebase(published.cap, published.version, published.entries, now)
         odd += [(c, c.kind is Kind.LINK) for c in published.foreign if not any(c is seen for seen, _ in odd)]
         self.resolve(directory, odd)
@@ -360,15 +362,19 @@ class Committer:
     def _urgency(self, upto: int) -> Iterator[None]:
         token = object()
         self._urgent[token] = upto
+        self.retry_now()
+        try:
+            yield
+        finally:
+            del self._urgent[token]
+
+    def retry_now(self) -> None:
+        """What failed is tried again: somebody waits, or the grid is back."""
         for directory, state in list(self._dirty.items()):
             state.retry_at = 0.0
             self._touch(directory)
         self.uploads.hurry()
         self.replacements.retry_now()
-        try:
-            yield
-        finally:
-            del self._urgent[token]
 
     def _is_awaited(self, file: PendingFile) -> bool:
         upto = max(self._urgent.values(), default=0)

@@ -9,6 +9,10 @@ No locks: the queue is changed between awaits only. One task, `run`, writes.
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -17,6 +21,9 @@ from attrs import frozen
 from cache.block_packs import Record
 from cache.block_store import BlockStore
 
+log = logging.getLogger(__name__)
+
+LIMIT_BYTES_MIN: Final = 4 << 20  # a cache that may have less is in memory only
 QUEUE_BYTES_MAX: Final = 32 << 20  # waiting to be written; more is left out
 BATCH_BYTES: Final = 4 << 20  # written in one hop to a thread
 READS_AT_ONCE: Final = 8
@@ -43,6 +50,7 @@ class DiskTier:
         self._queue: dict[BlockName, Record] = {}
         self._queued_bytes = 0
         self._waiting = trio.Event()
+        self._written = trio.Event()
         self._readers = trio.CapacityLimiter(READS_AT_ONCE)
 
     @property
@@ -82,6 +90,12 @@ class DiskTier:
         self._waiting.set()
         return True
 
+    async def room(self, size: int) -> None:
+        """Return once `size` bytes more fit in the queue. For what must not be left out; needs `run`."""
+        while self._queued_bytes and self._queued_bytes + size > QUEUE_BYTES_MAX:
+            await self._written.wait()
+        await trio.lowlevel.checkpoint()
+
     async def run(self) -> None:
         """Write what is queued, until cancelled."""
         try:
@@ -106,7 +120,38 @@ class DiskTier:
                 if self._queue.get(name) is record:  # else a newer one took its place meanwhile
                     del self._queue[name]
                     self._queued_bytes -= len(record.payload)
+            self._written.set()
+            self._written = trio.Event()
 
     def _write(self, batch: list[tuple[BlockName, Record]]) -> None:
         for name, record in batch:
             self._store.put(name.key, name.secret, record.segment_size, record.payload)
+
+
+@asynccontextmanager
+async def open_disk(cache_dir: Path, limit_bytes: int) -> AsyncIterator[DiskTier | None]:
+    """The block store under `cache_dir`. None, and a line in the log, when there can be none: all works without."""
+    disk: DiskTier | None = None
+    try:
+        if limit_bytes >= LIMIT_BYTES_MIN:
+            disk = DiskTier(await trio.to_thread.run_sync(BlockStore.open, cache_dir, limit_bytes))
+    except OSError as error:
+        log.warning("there is no block cache on disk: %s", error)
+    if disk is None:
+        yield None
+        return
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(disk.run)
+            try:
+                yield disk
+            except trio.Cancelled:
+                raise
+            except BaseException as error:  # noqa: BLE001  raised again below, not in a group
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        disk.close()
+    if failure is not None:
+        raise failure

@@ -63,6 +63,7 @@ class Uploads:
         self._resting_new: dict[PendingFile, None] = {}  # of these, those not known to keep changing, oldest first
         self._retry = trio.Event()
         self.failing: dict[PendingFile, None] = {}
+        self.on_stored: Callable[[SealedFile, Cap], None] = lambda sealed, cap: None  # somebody may want to keep it
         self.stored = 0
         self.meter = Meter()  # of bytes of shares that were pushed
 
@@ -191,6 +192,7 @@ class Uploads:
         file.sealed = None
         if cap.storage_index is not None and not cap.is_mutable:
             self._spool.keep(cap.storage_index, sealed)
+            self.on_stored(sealed, cap)
         sealed.release()
         self._ended(file)
 

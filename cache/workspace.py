@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import time
 from collections import deque
@@ -32,14 +31,16 @@ from weakref import WeakValueDictionary
 import trio
 from cachetools import LRUCache, TTLCache
 
-from cache.block_store import BlockStore
 from cache.blocks import BlockCache
 from cache.committer import Committer
+from cache.connectivity import Connectivity
 from cache.contents import FileTooLargeError, WritableContents
 from cache.convergence import FileEncoding
 from cache.directories import Change, Directory, Entry, Kind, Target, cap_of
 from cache.disk_tier import DiskTier
 from cache.journal import Journal
+from cache.keeper import Keeper
+from cache.kept import Kept
 from cache.layers import BytesContents, Contents
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile, Replacement
@@ -63,13 +64,10 @@ from grid.formats.segments import LITERAL_BYTES_MAX
 
 Position: TypeAlias = int
 
-log = logging.getLogger(__name__)
-
 PENDING_CHANGES_MAX: Final = 200_000  # names not on the grid yet; writers wait, then JournalFullError
 JOURNAL_WAIT_S: Final = 20.0
 LISTED_ENTRIES_MAX: Final = 50_000  # some 60 MB, over all directories that are kept listed though nobody holds them
 SIZES_MAX: Final = 10_000  # mutable files whose size is remembered
-DISK_BYTES_MIN: Final = 4 << 20  # a cache that may have less is in memory only
 ERRORS_MAX: Final = 50  # shown in status
 UPLOADS_SHOWN_MAX: Final = 50
 
@@ -92,7 +90,10 @@ class Workspace:
         self._options = options
         self._encoding = FileEncoding(k, happy, n, client.node.convergence if options.convergent else None)
         self._disk = disk
-        self._blocks = BlockCache(nursery, min(options.memory_bytes, options.cache_bytes), disk)
+        self._connectivity = Connectivity(client.broker, k)
+        memory_bytes = min(options.memory_bytes, options.cache_bytes)
+        self._blocks = BlockCache(nursery, memory_bytes, disk, self._connectivity)
+        self._kept = Kept(client, disk, self._connectivity)
         self._prefetcher = Prefetcher(nursery, client, self._blocks)
         self._journal = Journal(PENDING_CHANGES_MAX)
         self._table: WeakValueDictionary[Cap, Directory] = WeakValueDictionary()
@@ -102,13 +103,22 @@ class Workspace:
         self._committer = Committer(nursery, client, spool, self._journal, self._table, options)
         self._drained = False
         nursery.start_soon(self._committer.run)
+        nursery.start_soon(self._connectivity.run, self._committer.retry_now)
         if disk is not None:
-            nursery.start_soon(disk.run)
+            keeper = Keeper(disk, self._kept)
+            self._committer.on_published = keeper.note_directory
+            self._committer.uploads.on_stored = keeper.note_file
+            nursery.start_soon(keeper.run)
         self.root = self._table[root] = Directory(root, path="/")
 
     @property
     def readonly(self) -> bool:
         return self.root.readonly or self._options.read_only
+
+    @property
+    def offline(self) -> bool:
+        """The grid does not answer: what is cached can be read, what is written waits, all else fails at once."""
+        return self._connectivity.offline
 
     # --- directories
 
@@ -127,15 +137,21 @@ class Workspace:
         """Have a listing no older than `max_age_s` (None: any). Pending changes are laid over the newer one.
 
         Raises GridError when it cannot be had; an older listing stays in use. While the directory is being
-        published its present listing is good enough, since the publish will bring the newest.
+        published its present listing is good enough, since the publish will bring the newest. When the grid has
+        none for us, the one that was seen last is taken from the disk, and asked for again the next time.
         """
         if self._is_fresh(directory, max_age_s):
             return
         async with directory.grid_lock:
-            if directory.cap is None or self._is_fresh(directory, max_age_s):
+            cap = directory.cap
+            if not isinstance(cap, DirectoryCap) or self._is_fresh(directory, max_age_s):
                 return
-            contents = await self._client.create_node_from_uri(directory.cap).read()
-            odd = directory.rebase(directory.cap, contents.version, contents.entries, trio.current_time())
+            if directory.loaded:
+                contents, fresh = await self._kept.ask_directory(cap, directory.version), True
+            else:
+                contents, fresh = await self._kept.read_directory(cap)
+            loaded_at = trio.current_time() if fresh else -math.inf
+            odd = directory.rebase(cap, contents.version, contents.entries, loaded_at)
             self._committer.resolve(directory, odd)
         self._keep_listed(directory)
 
@@ -282,7 +298,7 @@ class Workspace:
         local = self._local(target)
         if local is not None:
             return local.open()
-        snapshot = await self._client.create_node_from_uri(target).open_snapshot()
+        snapshot = await self._kept.open_file(target)
         if target.is_mutable:
             self._sizes[target.storage_index] = snapshot.size
         return SnapshotContents(snapshot, self._blocks)
@@ -429,9 +445,16 @@ class Workspace:
 
 @asynccontextmanager
 async def open_workspace(
-    client: Any, root: Cap, *, state_dir: Path, options: WorkspaceOptions | None = None
+    client: Any,
+    root: Cap,
+    *,
+    state_dir: Path,
+    options: WorkspaceOptions | None = None,
+    disk: DiskTier | None = None,
 ) -> AsyncIterator[Workspace]:
     """A workspace over the directory `root`, for as long as the context lasts. Needs no grid to open.
+
+    `disk`: from `open_disk`, which outlives this; None: cached in memory only.
 
     Leaving it throws away what is not on the grid: `drain` first. Raises WrongKindError when `root` is no directory,
     NodeDirectoryError when `state_dir` cannot be used.
@@ -440,10 +463,8 @@ async def open_workspace(
     if not isinstance(root, DirectoryCap) or root.is_verifier:
         raise WrongKindError("only a directory can be mounted")
     spool = Spool.open(state_dir, limit_bytes=options.journal_bytes, keep_bytes=options.keep_bytes)
-    disk: DiskTier | None = None
     failure: BaseException | None = None
     try:
-        disk = await _open_disk(state_dir, options.cache_bytes)
         async with trio.open_nursery() as nursery:
             try:
                 yield Workspace(nursery, client, root, spool, disk, options)
@@ -453,22 +474,9 @@ async def open_workspace(
                 failure = error
             nursery.cancel_scope.cancel()
     finally:
-        if disk is not None:
-            disk.close()
         spool.close()
     if failure is not None:
         raise failure
-
-
-async def _open_disk(state_dir: Path, limit_bytes: int) -> DiskTier | None:
-    """None, and a line in the log, when there can be no cache on the disk: the mount works without."""
-    if limit_bytes < DISK_BYTES_MIN:
-        return None
-    try:
-        return DiskTier(await trio.to_thread.run_sync(BlockStore.open, state_dir / "cache", limit_bytes))
-    except OSError as error:
-        log.warning("there is no block cache on disk: %s", error)
-        return None
 
 
 def _existing(directory: Directory, name: str) -> Entry:

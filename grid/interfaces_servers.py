@@ -106,6 +106,10 @@ class IStorageServer(Protocol):
     def connected(self) -> bool: ...
 
     @property
+    def responsive(self) -> bool:
+        """Connected, and not silent to what was asked of it."""
+
+    @property
     def maximum_immutable_share_size(self) -> int:
         """Bytes; the server takes no larger immutable share (it is as good as read-only for those)."""
 
@@ -160,6 +164,9 @@ class IStorageBroker(Protocol):
 
     async def wait_for_servers(self, count: int, timeout_s: float) -> int:
         """Return the number connected once it is at least `count`, or when the time is over."""
+
+    def retry_now(self) -> None:
+        """Dial the servers that are away at once, not when their pauses are over: somebody needs them."""
 
 
 class IIntroducerClient(Protocol):

@@ -27,8 +27,17 @@ import trio
 from attrs import evolve
 
 import grid
-from cache import Workspace, WorkspaceOptions, open_workspace
-from grid.errors import GridError, GridUnreachableError, NotEnoughSharesError, WrongKindError
+from cache import (
+    DiskTier,
+    Workspace,
+    WorkspaceOptions,
+    kept_directory,
+    open_disk,
+    open_workspace,
+    read_directory,
+)
+from grid.errors import GridError, GridUnreachableError, NoSuchChildError, NotEnoughSharesError, WrongKindError
+from grid.formats.directory import normalize_name
 from tahoefs import fuse, local_grid
 from tahoefs.control import serve_control
 from tahoefs.errnos import exit_code_of
@@ -44,6 +53,7 @@ from tahoefs.vfs import VFS, grid_free_bytes
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 30.0  # for enough servers to answer at start
+CONNECT_CACHED_TIMEOUT_S: Final = 5.0  # the same when the root can be listed without any
 ROOT_TIMEOUT_S: Final = 60.0  # for reading the root directory, and the way down to a sub-path
 READY_TIMEOUT_S: Final = 10.0  # for the kernel to answer a listing of the new mount
 RETRY_S: Final = 0.5  # between tries to send the rest; each takes its time
@@ -79,7 +89,6 @@ async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[
         note("waiting for storage servers")
         if config.local is not None:
             config = evolve(config, cap=await local_grid.root_cap(Path(config.local), client))
-        root = await _find_root(client, config)
         settings = WorkspaceOptions(
             nickname=node.nickname,
             cache_bytes=options.cache_size,
@@ -91,10 +100,12 @@ async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[
             read_only=options.read_only,
         )
         state_dir = (options.cache_dir or node.path) / "tahoefs"
-        async with open_workspace(client, root, state_dir=state_dir, options=settings) as workspace:
-            with trio.fail_after(ROOT_TIMEOUT_S):
-                await workspace.load(workspace.root, None)
-            await _serve(config, options, client, workspace, ready, note, show)
+        async with open_disk(state_dir / "cache", options.cache_size) as disk:
+            root = await _find_root(client, config, disk)
+            async with open_workspace(client, root, state_dir=state_dir, options=settings, disk=disk) as workspace:
+                with trio.fail_after(ROOT_TIMEOUT_S):
+                    await workspace.load(workspace.root, None)
+                await _serve(config, options, client, workspace, ready, note, show)
 
 
 async def _serve(
@@ -189,21 +200,30 @@ async def _drain(workspace: Workspace, note: Callable[[str], None], show: Show) 
                 return
 
 
-async def _find_root(client: grid.GridClient, config: MountConfig) -> grid.Cap:
-    """The cap of the directory to show. Raises BadCapError, WrongKindError, GridUnreachableError, …"""
-    cap = grid.parse_known_cap(config.cap)
+async def _find_root(client: grid.GridClient, config: MountConfig, disk: DiskTier | None) -> grid.Cap:
+    """The cap of the directory to show, by listings kept on the disk if the grid has none for us.
+
+    Raises BadCapError, WrongKindError, GridUnreachableError, …
+    """
+    cap: grid.Cap = grid.parse_known_cap(config.cap)
     _, happy, _ = client.node.encoding
-    connected = await client.broker.wait_for_servers(happy, CONNECT_TIMEOUT_S) if cap.storage_index else 0
+    connected = 0
+    if cap.storage_index is not None:
+        is_kept = isinstance(cap, grid.DirectoryCap) and await kept_directory(client, cap, disk) is not None
+        timeout_s = CONNECT_CACHED_TIMEOUT_S if is_kept else CONNECT_TIMEOUT_S
+        connected = await client.broker.wait_for_servers(happy, timeout_s)
     try:
         with trio.fail_after(ROOT_TIMEOUT_S):
             for part in config.path:
-                if not cap.is_directory:
+                if not isinstance(cap, grid.DirectoryCap):
                     raise WrongKindError(f"{config.label}: a part of the path is not a directory")
-                node = await client.create_node_from_uri(cap).get(part)
-                cap = node.cap
-            if not cap.is_directory:
+                entry = (await read_directory(client, cap, disk)).entries.get(normalize_name(part))
+                if entry is None:
+                    raise NoSuchChildError(part)
+                cap = entry.cap
+            if not isinstance(cap, grid.DirectoryCap) or cap.is_verifier:
                 raise WrongKindError(f"{config.label} is not a directory, so it cannot be mounted")
-            await client.create_node_from_uri(cap).list()
+            await read_directory(client, cap, disk)
     except (NotEnoughSharesError, trio.TooSlowError) as error:
         if connected < happy:
             raise GridUnreachableError(

@@ -69,7 +69,7 @@ class MountControl:
             "durable": self.durable,
             "servers": {"connected": sum(each.connected for each in servers), "known": len(servers)},
             **self._workspace.status(),
-            "state": self.state,
+            "state": "offline" if self.state == "online" and self._workspace.offline else self.state,
         }
 
     async def _answer_status(self, request: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Final
 import trio
 from attrs import define, frozen
 
-from grid.errors import GridError
+from grid.errors import GridError, GridUnreachableError
 from tahoefs import metadata as edge
 from tahoefs.errnos import FSError
 from tahoefs.inodes import Folder, Inode, InodeTable
@@ -135,7 +135,8 @@ class VFSCore:
                     await self.workspace.load(directory, self.options.poll_s)
                 except GridError as error:
                     log.info("listing not refreshed, an older one is used: %s", error)
-                    folder.refresh_at = trio.current_time() + REFRESH_PAUSE_S
+                    if not isinstance(error, GridUnreachableError):  # offline: that costs no time, and ends any moment
+                        folder.refresh_at = trio.current_time() + REFRESH_PAUSE_S
             if patience.cancelled_caught:
                 folder.refresh_at = trio.current_time() + REFRESH_PAUSE_S
                 log.info("listing not refreshed within %g s, an older one is used", REFRESH_PATIENCE_S)

@@ -111,6 +111,10 @@ class MemoryServer:
     # --- what it says about itself
 
     @property
+    def responsive(self) -> bool:
+        return self.connected and self._running.is_set()
+
+    @property
     def maximum_immutable_share_size(self) -> int:
         return 0 if self.readonly else SHARES_MAX
 
@@ -277,6 +281,7 @@ class MemoryBroker:
             servers = [MemoryServer(number) for number in range(servers)]
         self.servers = list(servers)
         self.forbidden: set[str] = set()
+        self.hurried = 0  # times retry_now() was called
 
     def get_permuted_servers(self, storage_index: bytes) -> list[IStorageServer]:
         order = sorted(self.servers, key=lambda server: hashlib.sha1(storage_index + server.permutation_seed).digest())
@@ -287,6 +292,9 @@ class MemoryBroker:
 
     def permits_upload(self, server: IStorageServer) -> bool:
         return server.server_id not in self.forbidden
+
+    def retry_now(self) -> None:
+        self.hurried += 1
 
     async def wait_for_servers(self, count: int, timeout_s: float) -> int:
         await trio.lowlevel.checkpoint()

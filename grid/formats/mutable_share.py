@@ -118,6 +118,9 @@ class MutableOffsets:
             raise FormatError("mutable share has a share hash chain of an impossible length")
 
 
+_NO_OFFSETS: Final = MutableOffsets((0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), 0)
+
+
 @frozen
 class MutableHeader:
     """The header of one mutable share. `salt` is the file's (SDMF), or empty (MDMF has one per segment).
@@ -217,6 +220,20 @@ class MutableShare:
     block_hash_tree: list[bytes] = field(repr=False)
     share_data: memoryview = field(repr=False)
     encrypted_private_key: bytes = field(repr=False)
+
+
+def header_of_prefix(prefix: bytes | memoryview) -> MutableHeader:
+    """What a header's `signed_prefix` tells. The offsets, which it does not, are all zero. Raises FormatError."""
+    try:
+        if prefix[:1] == bytes([SDMF_VERSION]):
+            _, seqnum, root_hash, salt, k, n, segment_size, data_size = SDMF_PREFIX.unpack(prefix)
+            return MutableHeader("sdmf", seqnum, root_hash, salt, k, n, segment_size, data_size, _NO_OFFSETS)
+        version, seqnum, root_hash, k, n, segment_size, data_size = MDMF_PREFIX.unpack(prefix)
+    except struct.error:
+        raise FormatError("not the signed part of a mutable share's header") from None
+    if version != MDMF_VERSION:
+        raise FormatError("not the signed part of a mutable share's header")
+    return MutableHeader("mdmf", seqnum, root_hash, b"", k, n, segment_size, data_size, _NO_OFFSETS)
 
 
 def parse_header(data: bytes | memoryview) -> MutableHeader:

@@ -58,6 +58,11 @@ class LiteralSnapshot:
         return bytes(data)
 
 
+def cache_secret_of(cap: CHKReadCap) -> bytes:
+    """ImmutableSnapshot.cache_secret."""
+    return hashutil.tagged_hash(CACHE_TAG, cap.key)
+
+
 class ImmutableSnapshot:
     """IReadableSnapshot of a CHK file: it never changes, so there is one for all readers."""
 
@@ -74,7 +79,7 @@ class ImmutableSnapshot:
 
     @property
     def cache_secret(self) -> bytes:
-        return hashutil.tagged_hash(CACHE_TAG, self._cap.key)
+        return cache_secret_of(self._cap)
 
     @property
     def size(self) -> int:

@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 
 from grid.errors import GridError, NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
 from grid.formats.caps import MDMFReadCap, MDMFWriteCap, SDMFReadCap, SDMFWriteCap
-from grid.formats.mutable_share import MUTABLE_SHARES_MAX, SALT_BYTES, MutableHeader
+from grid.formats.mutable_share import MUTABLE_SHARES_MAX, SALT_BYTES, MutableHeader, header_of_prefix
 from grid.interfaces import IDownloadTarget, IStorageBroker
 from grid.operations.check import check_cap
 from grid.operations.check_results import CheckResults
@@ -132,6 +132,13 @@ class MutableFileNode:
         if best is None or (self._latest is not None and best.seqnum < self._latest.seqnum):
             servermap = await self._make_map(MapMode.WRITE)  # look further: we know there is, or was, more
         return self._version(servermap)
+
+    def version_of_prefix(self, signed_prefix: bytes) -> MutableVersion:
+        """A version seen before, as its signed prefix tells: segments that are kept of it can be decrypted, and no
+        others be had. Raises FormatError.
+        """
+        header = header_of_prefix(signed_prefix)
+        return MutableVersion(ServerMap(), header, storage_index=self._storage_index, readkey=self._readkey)
 
     async def use_best_version(self, use: Callable[[MutableVersion], Awaitable[T]]) -> T:
         """`use` it; again with the next one if it is replaced while being read."""

@@ -135,6 +135,9 @@ class StorageBroker:
             peer.doubt()
         self._reconnector.reset_all()
 
+    def retry_now(self) -> None:
+        self._reconnector.reset_all()
+
     def add_announcement(self, announcement: Announcement) -> None:
         """Take over a server that was announced, again or for the first time. Static servers stay as they are."""
         server_id = announcement.server_id
