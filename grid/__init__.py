@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from grid.formats.caps import Cap, DirectoryCap, LiteralCap, UnknownCap, parse_cap, parse_known_cap
     from grid.formats.directory import DirEntry, normalize_name
     from grid.node_directory import NodeDirectory, create_client_directory
+    from grid.operations.changes import Changes
     from grid.operations.upload import DataUploadable, FileUploadable, Uploader, UploadResults, chk_cap_of
 
 _HOMES: Final = {
@@ -55,6 +56,7 @@ _HOMES: Final = {
     "grid.formats.caps": "Cap DirectoryCap LiteralCap UnknownCap parse_cap parse_known_cap",
     "grid.formats.directory": "DirEntry normalize_name",
     "grid.node_directory": "NodeDirectory create_client_directory",
+    "grid.operations.changes": "Changes",
     "grid.operations.upload": "DataUploadable FileUploadable UploadResults Uploader chk_cap_of",
 }
 _HOME_OF: Final = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -62,6 +64,7 @@ _HOME_OF: Final = {name: module for module, names in _HOMES.items() for name in 
 __all__ = [
     "BadCapError",
     "Cap",
+    "Changes",
     "ChildExistsError",
     "ConnectionLostError",
     "CorruptShareError",

@@ -32,6 +32,7 @@ from grid.node_directory import NodeDirectory
 from grid.nodes.checker import Checker
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.nodemaker import MutableFormat, NodeMaker
+from grid.operations.changes import Changes
 from grid.operations.helped_upload import HelpedUploads
 from grid.operations.keys import KeyPool
 from grid.operations.leases import Secrets
@@ -66,9 +67,7 @@ class GridClient:
             k=node.encoding.k,
             n=node.encoding.n,
             convergence=node.convergence,
-            # Files and directories in MDMF can be read, not made: a node set to MDMF still has to work, and every
-            # client reads both.
-            mutable_format="sdmf",
+            mutable_format=node.mutable_format,
         )
 
     def checker(self, history: CheckHistory) -> Checker:
@@ -102,8 +101,11 @@ class GridClient:
         """MutableFileNode, ImmutableFileNode, LiteralFileNode, DirectoryNode or UnknownNode. Never fails."""
         return self.nodemaker.create_from_cap(uri)
 
-    async def create_mutable_file(self, contents: bytes = b"", format: MutableFormat | None = None) -> str:
-        """Make a mutable file and return its write cap. Raises NotEnoughServersError."""
+    async def create_mutable_file(self, contents: bytes | Changes = b"", format: MutableFormat | None = None) -> str:
+        """Make a mutable file and return its write cap; contents given as Changes may be large, if it is MDMF.
+
+        Raises NotEnoughServersError.
+        """
         return (await self.nodemaker.create_mutable_file(contents, format)).get_uri()
 
     async def create_empty_dirnode(self, format: MutableFormat | None = None) -> DirectoryNode:

@@ -185,11 +185,6 @@ class IUploadProgress(Protocol):
 
 class IUploader(Protocol):
     async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> IUploadResults: ...
-    async def upload_ssk(self, write_capability: str, new_version: int, uploadable: IUploadable) -> None:
-        """Publish a mutable file's version `new_version`, segment by segment. Later: writing MDMF.
-
-        Until then contents that fit in memory are published by the file's node, see IMutableFileNode.replace.
-        """
 
 
 # --- download -----------------------------------------------------------------------------------------------
@@ -355,8 +350,18 @@ class IFileNode(IFilesystemNode, Protocol):
 
 class IMutableFileNode(IFileNode, IMutableFilesystemNode, Protocol):
     async def replace(self, newdata: bytes) -> None:
-        """Publish `newdata` as the next version. Raises UncoordinatedWriteError, NotWriteableError."""
+        """Publish `newdata` as the next version. Raises UncoordinatedWriteError (the document's ConsistencyError) when
+        another writer was faster, NotWriteableError.
+        """
 
+    async def apply(self, changes: Any) -> Any:
+        """Change parts of it and its size (see grid.Changes); with MDMF only the segments touched are moved. Raises as
+        replace(), but only after it has tried again on top of what the other writer wrote.
+        """
+
+    async def write_at(self, offset: int, data: bytes) -> None: ...
+    async def append(self, data: bytes) -> None: ...
+    async def truncate(self, size: int) -> None: ...
     def get_writekey(self) -> bytes | None: ...
 
 

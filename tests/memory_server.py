@@ -14,7 +14,8 @@ does; `MemoryBroker` knows a list of them. Faults are set while a test runs:
     server.connected = False           as if the connection were gone
 
 Kinds of calls: get_version allocate_buckets get_buckets read write close add_lease slot_readv slot_writev.
-`server.calls` is a Counter of them, `server.bytes_written` counts immutable share bytes received.
+`server.calls` is a Counter of them, `server.bytes_written` counts immutable share bytes received,
+`server.slot_bytes_in` and `server.slot_bytes_out` what goes in and out of mutable slots.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class MemoryServer:
         self.advisories: list[tuple[str, bytes, int, str]] = []
         self.calls: Counter[str] = Counter()
         self.bytes_written = 0
+        self.slot_bytes_in = 0
+        self.slot_bytes_out = 0
         self.fail_on: set[str] = set()
         self.fail_after: dict[str, int] = {}
         self.hang_on: set[str] = set()
@@ -176,7 +179,9 @@ class MemoryServer:
         if slot is None:
             return {}
         wanted = sorted(share_numbers) or sorted(slot.shares)
-        return {n: _read_vectors(slot.shares[n], read_vectors) for n in wanted if n in slot.shares}
+        found = {n: _read_vectors(slot.shares[n], read_vectors) for n in wanted if n in slot.shares}
+        self.slot_bytes_out += sum(len(data) for pieces in found.values() for data in pieces)
+        return found
 
     async def slot_testv_and_readv_and_writev(
         self,
@@ -186,6 +191,7 @@ class MemoryServer:
         read_vectors: Sequence[tuple[int, int]],
     ) -> tuple[bool, dict[int, list[bytes]]]:
         await self._arrive("slot_writev")
+        self.slot_bytes_in += sum(len(data) for write in writes.values() for _, data in write.data)
         slot = self.slots.get(storage_index)
         if slot is not None and slot.shares and slot.write_enabler != secrets.write_enabler:
             raise RemoteFailure(

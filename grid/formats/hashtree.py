@@ -9,6 +9,7 @@ Source: Tahoe-LAFS 1.20's block, share and ciphertext hash trees. The number of 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -90,6 +91,39 @@ def check_tree(nodes: bytes, root: bytes, leaves: bytes | None = None) -> None:
         for at in range(0, len(leaves), HASH_BYTES):
             if nodes[first + at : first + at + HASH_BYTES] != leaves[at : at + HASH_BYTES]:
                 raise BadHashError(f"block {at // HASH_BYTES} does not match its hash")
+
+
+def split_by_change(leaf_count: int, changed: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(kept, replaced): the topmost nodes that stand over none, and over nothing but, leaves in `changed` (ascending).
+
+    Together they cover the tree. Who knows `kept` can compute the new tree from the new leaves, see `rehash`; who has
+    read both can prove them against the old root.
+    """
+    kept: list[int] = []
+    replaced: list[int] = []
+    unseen = [(0, 0, _width(leaf_count))]
+    while unseen:
+        node, start, stop = unseen.pop()
+        count = bisect_left(changed, stop) - bisect_left(changed, start)
+        if count in (0, stop - start):
+            (replaced if count else kept).append(node)
+            continue
+        middle = (start + stop) // 2
+        unseen += ((2 * node + 1, start, middle), (2 * node + 2, middle, stop))
+    return sorted(kept), sorted(replaced)
+
+
+def rehash(leaf_count: int, leaves: Mapping[int, bytes], kept: Mapping[int, bytes]) -> dict[int, bytes]:
+    """Every node over the new `leaves` {leaf: hash} and these themselves; `kept` as `split_by_change` names them."""
+    first_leaf = _width(leaf_count) - 1
+    fresh = {first_leaf + leaf: leaf_hash for leaf, leaf_hash in leaves.items()}
+    level = set(fresh)
+    while level and level != {0}:
+        level = {(node - 1) >> 1 for node in level}
+        for node in level:
+            left, right = 2 * node + 1, 2 * node + 2
+            fresh[node] = pair_hash(fresh.get(left) or kept[left], fresh.get(right) or kept[right])
+    return fresh
 
 
 class IncompleteHashTree:

@@ -11,52 +11,40 @@ Source: Tahoe-LAFS 1.20's mutable files. Retry times are ours.
 from __future__ import annotations
 
 import logging
-import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Final
 
 import trio
-from attrs import define, field, frozen
+from attrs import define
 
-from grid.errors import GridError, NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
-from grid.formats.caps import MDMFReadCap, MDMFWriteCap, SDMFReadCap, SDMFWriteCap
-from grid.formats.mutable_share import MUTABLE_SHARES_MAX, SALT_BYTES, MutableHeader, header_of_prefix
-from grid.interfaces import IDownloadTarget, IStorageBroker
-from grid.operations.check import check_cap
-from grid.operations.check_results import CheckResults
+from grid.errors import (
+    GridError,
+    NotEnoughServersError,
+    NotEnoughSharesError,
+    NotWriteableError,
+    UncoordinatedWriteError,
+)
+from grid.formats.mdmf_share import mdmf_segment_size
+from grid.formats.mutable_share import SALT_BYTES
+from grid.formats.segments import div_ceil
+from grid.nodes.mutable_reading import MutableAccess, MutableCap, MutableFileReader, raced
+from grid.operations.changes import Changes, Step, fits_at_once, plan, segments_at_once
 from grid.operations.keys import MutableKeys
-from grid.operations.leases import Secrets
-from grid.operations.publish import EncodedVersion, prepare_sdmf, publish
+from grid.operations.mdmf_update import PatchedVersion, can_update, prepare_update
+from grid.operations.mutable_encode import EncodedVersion, NewVersion, prepare_mdmf, prepare_sdmf
+from grid.operations.publish import publish
 from grid.operations.retrieve import MutableVersion, version_of
-from grid.operations.servermap import MapMode, MapRequest, ServerMap, update_servermap
-from grid.operations.slot_share import ShareReplacedError, ShareVerifier
+from grid.operations.servermap import MapMode, ServerMap
 
 log = logging.getLogger(__name__)
 
 MAP_FRESH_S: Final = 60.0
-READ_TRIES: Final = 4  # when versions are replaced while we read them
 UPDATE_TRIES: Final = 8  # when other writers keep being faster
 BACK_OFF_S: Final = 0.25  # before the second try; e times longer for each further one, and a random part of it
 BACK_OFF_S_MAX: Final = 20.0
 
-MutableCap = SDMFWriteCap | SDMFReadCap | MDMFWriteCap | MDMFReadCap
-T = TypeVar("T")
-
-
-def _at_most_max(n: int) -> int:
-    return min(n, MUTABLE_SHARES_MAX)
-
-
-@frozen
-class MutableAccess:
-    """What every mutable node of one client shares."""
-
-    broker: IStorageBroker
-    secrets: Secrets = field(repr=False)
-    k: int  # of new files; files keep what they have
-    n: int = field(converter=_at_most_max)
-    random_bytes: Callable[[int], bytes] = os.urandom
+Make = Callable[[MutableVersion, bool], Awaitable[bytes | Changes | None]]
 
 
 @define(eq=False)
@@ -68,162 +56,39 @@ class _Attempt:
     remembered: bool  # the map is from our last publish, so others may have written since
 
 
-class MutableFileNode:
-    """IMutableFileNode, for SDMF and (reading) MDMF; with write cap or read cap."""
+class MutableFileNode(MutableFileReader):
+    """IMutableFileNode, for SDMF and MDMF; with write cap or read cap."""
 
     def __init__(self, access: MutableAccess, cap: MutableCap, *, keys: MutableKeys | None = None) -> None:
-        self._access = access
-        self._cap = cap
-        read_cap = cap.readonly
-        self._readkey: bytes = read_cap.readkey
-        self._storage_index: bytes = read_cap.verifier.storage_index
-        self._keys = keys
-        self._verifier = ShareVerifier(cap.fingerprint)
+        super().__init__(access, cap, keys=keys)
         self._lock = trio.Lock()  # held over a whole update: writers of this process take turns
         self._map: ServerMap | None = None  # from our last publish or update
-        self._holders: frozenset[str] = frozenset()  # server ids where shares were seen
-        self._latest: MutableHeader | None = None  # highest version we read or wrote
-        self._raced_at: int | None = None  # seqnum at which writers were seen to have raced
-
-    def __repr__(self) -> str:
-        return f"<MutableFileNode {self._cap.kind}>"
-
-    @property
-    def cap(self) -> MutableCap:
-        return self._cap
-
-    def get_uri(self) -> str:
-        return self._cap.to_string()
-
-    def get_readonly_uri(self) -> str:
-        return self._cap.readonly.to_string()
-
-    def get_verifier(self) -> Any:
-        return self._cap.verifier
-
-    def get_storage_index(self) -> bytes:
-        return self._storage_index
-
-    def get_writekey(self) -> bytes | None:
-        return self._cap.writekey if isinstance(self._cap, SDMFWriteCap | MDMFWriteCap) else None
-
-    def is_readonly(self) -> bool:
-        return self._cap.is_readonly
-
-    def is_mutable(self) -> bool:
-        return True
-
-    # --- reading
-
-    def get_size(self) -> int | None:
-        """Bytes in the latest version we know of; None before the first look."""
-        return self._latest.data_size if self._latest else None
-
-    async def get_current_size(self) -> int:
-        return (await self.get_best_version()).size
-
-    async def open_snapshot(self) -> MutableVersion:
-        return await self.get_best_version()
-
-    async def get_best_version(self) -> MutableVersion:
-        """The newest recoverable version on the grid, now. Raises NotEnoughSharesError."""
-        servermap = await self._make_map(MapMode.READ)
-        best = servermap.best()
-        if best is None or (self._latest is not None and best.seqnum < self._latest.seqnum):
-            servermap = await self._make_map(MapMode.WRITE)  # look further: we know there is, or was, more
-        return self._version(servermap)
-
-    def version_of_prefix(self, signed_prefix: bytes) -> MutableVersion:
-        """A version seen before, as its signed prefix tells: segments that are kept of it can be decrypted, and no
-        others be had. Raises FormatError.
-        """
-        header = header_of_prefix(signed_prefix)
-        return MutableVersion(ServerMap(), header, storage_index=self._storage_index, readkey=self._readkey)
-
-    async def use_best_version(self, use: Callable[[MutableVersion], Awaitable[T]]) -> T:
-        """`use` it; again with the next one if it is replaced while being read."""
-        for last in [False] * (READ_TRIES - 1) + [True]:
-            version = await self.get_best_version()
-            try:
-                return await use(version)
-            except NotEnoughSharesError as error:
-                if last or not any(isinstance(failure, ShareReplacedError) for failure in error.failures):
-                    raise
-                log.info("a mutable file was replaced while it was read: reading the new version")
-        raise AssertionError("unreachable")
-
-    async def download_to_data(self) -> bytes:
-        return await self.use_best_version(lambda version: version.read_all())
-
-    async def download(self, target: IDownloadTarget) -> Any:
-        """The whole contents; a mutable file that is replaced meanwhile is never mixed with the new version."""
-        with trio.CancelScope() as scope:
-            target.register_canceller(scope.cancel)
-            try:
-                data = await self.download_to_data()
-            except GridError as error:
-                target.fail(error)
-                raise
-            target.open(len(data))
-            await target.write(data)
-            target.close()
-        return None if scope.cancelled_caught else target.finish()
-
-    async def _make_map(self, mode: MapMode) -> ServerMap:
-        want_key = self._keys is None and mode is not MapMode.READ
-        request = MapRequest.of_cap(self._cap, self._access.k, self._access.n, want_key=want_key, holders=self._holders)
-        servermap = await update_servermap(self._access.broker, request, mode, verifier=self._verifier)
-        if servermap.keys is not None:
-            self._keys = servermap.keys
-        self._holders |= servermap.holders()
-        return servermap
-
-    def _version(self, servermap: ServerMap, ours_failed: frozenset[bytes] = frozenset()) -> MutableVersion:
-        """The best version of a map. Of several heads not one of `ours_failed`: that writer's change is yet to be
-        redone, ours will be.
-        """
-        heads = servermap.recoverable()
-        if not heads:
-            failures = (*(bad.error for bad in servermap.bad.values()), *servermap.failures.values())
-            raise NotEnoughSharesError(self._access.k, servermap.found, failures)
-        if servermap.needs_merge and heads[0].seqnum != self._raced_at:  # said once, not at every look
-            self._raced_at = heads[0].seqnum
-            log.warning("a mutable file has several newest versions: two writers raced")
-        rivals = [head for head in heads if head.seqnum == heads[0].seqnum and version_of(head) not in ours_failed]
-        header = (rivals or heads)[0]
-        if self._latest is None or header.seqnum >= self._latest.seqnum:
-            self._latest = header
-        return self._version_at(servermap, header)
-
-    def _version_at(self, servermap: ServerMap, header: MutableHeader) -> MutableVersion:
-        return MutableVersion(
-            servermap,
-            header,
-            storage_index=self._storage_index,
-            readkey=self._readkey,
-            remap=lambda: self._make_map(MapMode.WRITE),
-        )
-
-    async def check(self) -> CheckResults:
-        """As IChecker.check."""
-        return await check_cap(self._access.broker, self._cap)
-
-    # --- writing
 
     def check_writeable(self) -> None:
         """Raises NotWriteableError."""
         if self._cap.is_readonly:
             raise NotWriteableError("this is a read-only cap")
-        if isinstance(self._cap, MDMFWriteCap):
-            raise NotWriteableError("MDMF files can be read, but not yet written")
 
-    async def create(self, contents: bytes) -> MutableVersion:
-        """Publish the first version of a file whose keys were just made: nobody else can have written to it."""
+    async def create(self, contents: bytes | Changes) -> MutableVersion:
+        """Publish the first version of a file whose keys were just made: nobody else can have written to it.
+
+        `contents` given as Changes (MDMF) may be large: they are written as a series of versions, see update().
+        """
         self.check_writeable()
         assert self._keys is not None
+        k, n = self._access.k, self._access.n
+        if isinstance(contents, bytes):
+            first, rest = contents, None
+        else:
+            size = contents.new_size(0)
+            segment_size = mdmf_segment_size(k)
+            stop = size if self._cap.kind == "sdmf" else min(size, segments_at_once(k, n, segment_size) * segment_size)
+            first = await contents.over(b"", stop)
+            rest = Changes(contents.within(stop, size), contents.read, size) if stop < size else None
         async with self._lock:
-            encoded = await self._encode(contents, seqnum=1, k=self._access.k, n=self._access.n)
-            return await self._publish(encoded, None)
+            encoded = await self._encode(first, seqnum=1, k=k, n=n)
+            version = await self._publish(encoded, None)
+            return (rest and await self._apply(rest, version, set(), must=False)) or version
 
     async def replace(self, newdata: bytes) -> None:
         """Publish `newdata` as the next version, whatever was there. Raises UncoordinatedWriteError,
@@ -251,14 +116,51 @@ class MutableFileNode:
         await self.update(make)
         return result
 
-    async def update(
-        self, make: Callable[[MutableVersion, bool], Awaitable[bytes | None]], *, tries: int = UPDATE_TRIES
-    ) -> MutableVersion:
-        """Read, make the new contents, publish; from the start when another writer was faster.
+    async def apply(self, changes: Changes) -> MutableVersion:
+        """Make `changes` to the newest version, again if another writer was faster: to what that one wrote.
 
-        `make(version, must)` returns the new contents, or None for no change; the latter not if `must`, since
-        after a failed publish the servers may hold a mixture that only another publish clears up. Returns the
-        version that is now the newest. Raises UncoordinatedWriteError after `tries`, and what publish() raises.
+        MDMF moves only the segments they touch. Raises as update(), and what `changes.read` raises.
+        """
+
+        async def make(version: MutableVersion, must: bool) -> Changes:
+            return changes
+
+        return await self.update(make)
+
+    async def write_at(self, offset: int, data: bytes) -> None:
+        """Beyond the end, zeros fill what is between."""
+        await self.apply(Changes.of_bytes(offset, data))
+
+    async def truncate(self, size: int) -> None:
+        """Cut, or lengthen with zeros."""
+        await self.apply(Changes.to_size(size))
+
+    async def append(self, data: bytes) -> None:
+        """Add to the end, wherever that is by then. More than fits in one version is added piece by piece, and what
+        others append may come between the pieces. Never lost, but after a race a piece may be there twice: a rival
+        may have built on our version though it did not reach all servers.
+        """
+        done = stop = 0
+
+        async def make(version: MutableVersion, must: bool) -> Changes:
+            nonlocal stop
+            header = version.header
+            segment_size = header.segment_size or len(data)
+            segments = segments_at_once(header.k, header.n, segment_size)
+            stop = done + segments * segment_size - header.data_size % segment_size
+            return Changes.of_bytes(version.size, b"" if version.is_our_try else data[done:stop])
+
+        while done < len(data):
+            await self.update(make)
+            done = stop
+
+    async def update(self, make: Make, *, tries: int = UPDATE_TRIES) -> MutableVersion:
+        """Read, make the new contents or changes, publish; from the start when another writer was faster.
+
+        `make(version, must)` returns whole new contents, which become one version; or Changes, which for MDMF become a
+        series of versions if they are large, front to back; or None for no change, but not if `must`, since after a
+        failed publish the servers may hold a mixture that only another publish clears up. Returns the version that is
+        now the newest. Raises UncoordinatedWriteError after `tries`, and what publish() raises.
         """
         self.check_writeable()
         async with self._lock:
@@ -267,27 +169,21 @@ class MutableFileNode:
             while True:
                 attempt = await self._start(failed)
                 try:
-                    data = await make(attempt.version, bool(failed))
-                except GridError:
+                    done = await self._try(make, attempt, failed)
+                    if done is not None:
+                        return done
                     if not attempt.remembered:
-                        raise
-                    data = None
-                if data is None and attempt.remembered:
-                    self._map = None  # nothing to do, or impossible, by what we remember: look before believing it
+                        self._map = attempt.servermap
+                        return attempt.version
+                    self._map = None  # nothing to do, by what we remember: look before believing it
                     continue
-                if data is None:
-                    self._map = attempt.servermap
-                    return attempt.version
-                header = attempt.version.header
-                seqnum = attempt.servermap.highest_seqnum + 1
-                encoded = await self._encode(data, seqnum=seqnum, k=header.k, n=header.n)
-                try:
-                    return await self._publish(encoded, attempt.servermap)
-                except UncoordinatedWriteError as error:
-                    log.info("publish: %s", error)
-                    failed.add(version_of(encoded.header))
+                except GridError as error:
+                    if not raced(error) and (not attempt.remembered or isinstance(error, NotEnoughServersError)):
+                        raise
+                    log.info("update of a mutable file: %s", error)
                     if attempt.remembered:
-                        continue  # no race, only old knowledge: no reason to wait
+                        self._map = None
+                        continue  # no race, perhaps, only old knowledge: no reason to wait
                     tries -= 1
                     if not tries:
                         raise
@@ -325,16 +221,89 @@ class MutableFileNode:
             raise NotEnoughSharesError(1, 0, tuple(servermap.failures.values()))  # none with a good private key
         return _Attempt(servermap, version, remembered)
 
-    async def _encode(self, data: bytes, *, seqnum: int, k: int, n: int) -> EncodedVersion:
-        assert self._keys is not None
-        salt = self._access.random_bytes(SALT_BYTES)
-        return await prepare_sdmf(data, self._keys, seqnum=seqnum, salt=salt, k=k, n=n)
+    async def _try(self, make: Make, attempt: _Attempt, failed: set[bytes]) -> MutableVersion | None:
+        """The new version; None if there is nothing to change."""
+        must = bool(failed)
+        new = await make(attempt.version, must)
+        if isinstance(new, Changes):
+            return await self._apply(new, attempt.version, failed, must=must)
+        return None if new is None else await self._publish_whole(new, attempt.version, failed)
 
-    async def _publish(self, encoded: EncodedVersion, servermap: ServerMap | None) -> MutableVersion:
+    async def _publish_whole(self, data: bytes, version: MutableVersion, failed: set[bytes]) -> MutableVersion:
+        header, servermap = version.header, version.servermap
+        encoded = await self._encode(data, seqnum=servermap.highest_seqnum + 1, k=header.k, n=header.n)
+        return await self._publish(encoded, servermap, failed)
+
+    async def _apply(
+        self, changes: Changes, version: MutableVersion, failed: set[bytes], *, must: bool
+    ) -> MutableVersion | None:
+        header = version.header
+        size = changes.new_size(header.data_size)
+        steps = plan(header.segmentation, header.n, changes) or ([Step([], size)] if must else [])
+        for step in steps:
+            prepared = await self._prepare(version, changes, step, only=len(steps) == 1)
+            if prepared is None:
+                kept = b"" if changes.within(0, size) == [(0, size)] else await version.read_start(size)
+                return await self._publish_whole(await changes.over(kept, size), version, failed)
+            version = await self._publish(prepared, version.servermap, failed)
+        return version if steps else None
+
+    async def _prepare(
+        self, version: MutableVersion, changes: Changes, step: Step, *, only: bool
+    ) -> PatchedVersion | None:
+        """One step, as changes to the shares. None if whole shares are to be written instead: nothing of them would
+        stay, or some are missing and the file is small enough to make them anew.
+        """
+        assert self._keys is not None
+        header = version.header
+        size = changes.new_size(header.data_size)
+        if self._cap.kind == "sdmf":
+            return None
+        small = only and fits_at_once(size, header.k, header.n)
+
+        def incomplete(numbers: Collection[int]) -> bool:
+            return len({share.number for share in version.servermap.shares_of(header)} & {*numbers}) < header.n
+
+        all_of_it = only and len(step.segments) == div_ceil(size, header.segment_size)
+        if small and (all_of_it or incomplete(range(header.n)) or not can_update(header)):
+            return None
+        if not can_update(header):
+            raise NotWriteableError("a large file whose shares are laid out so that they cannot be changed in place")
+        prepared = await prepare_update(
+            version,
+            changes,
+            step,
+            self._keys,
+            seqnum=version.servermap.highest_seqnum + 1,
+            final_size=size,
+            random_bytes=self._access.random_bytes,
+        )
+        return None if small and incomplete(prepared.numbers) else prepared
+
+    async def _encode(self, data: bytes, *, seqnum: int, k: int, n: int) -> EncodedVersion:
+        keys, random_bytes = self._keys, self._access.random_bytes
+        assert keys is not None
+        if self._cap.kind == "sdmf":
+            return await prepare_sdmf(data, keys, seqnum=seqnum, salt=random_bytes(SALT_BYTES), k=k, n=n)
+
+        async def read(offset: int, length: int) -> bytes:
+            return data[offset : offset + length]
+
+        return await prepare_mdmf(read, len(data), keys, seqnum=seqnum, k=k, n=n, random_bytes=random_bytes)
+
+    async def _publish(
+        self, new: NewVersion, servermap: ServerMap | None, failed: set[bytes] | None = None
+    ) -> MutableVersion:
+        """`failed` takes the version that another writer's came before."""
         assert self._keys is not None
         self._map = None  # of unknown worth until the publish is done, also if that is cancelled
-        placed = await publish(self._access.broker, self._access.secrets, self._keys, encoded, servermap)
-        if placed.complete(encoded.header.n):
+        try:
+            placed = await publish(self._access.broker, self._access.secrets, self._keys, new, servermap)
+        except UncoordinatedWriteError:
+            if failed is not None:
+                failed.add(version_of(new.header))
+            raise
+        if placed.complete(new.header.n):
             self._map = placed
-        self._latest = encoded.header
+        self._latest = new.header
         return self._version(placed)

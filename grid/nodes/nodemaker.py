@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from attrs import field, frozen
 from cachetools import LRUCache
 
-from grid.errors import NotWriteableError, WrongKindError
+from grid.errors import WrongKindError
 from grid.formats.caps import (
     Cap,
     CHKReadCap,
@@ -33,7 +33,9 @@ from grid.formats.directory import DirEntry, pack_directory
 from grid.interfaces import IStorageBroker
 from grid.nodes.dirnode import DirectoryNode
 from grid.nodes.immutable import ImmutableFileNode, LiteralFileNode
-from grid.nodes.mutable import MutableAccess, MutableFileNode
+from grid.nodes.mutable import MutableFileNode
+from grid.nodes.mutable_reading import MutableAccess
+from grid.operations.changes import Changes
 from grid.operations.keys import KeyPool
 from grid.operations.leases import Secrets
 from grid.operations.upload import DataUploadable, Uploader
@@ -42,8 +44,6 @@ NODES_KEPT: Final = 256
 
 MutableFormat = Literal["sdmf", "mdmf"]
 Children = Mapping[str, tuple[Cap, dict[str, Any]]]
-
-_NO_MDMF: Final = "MDMF files can be read, but not yet made"
 
 
 @frozen
@@ -122,8 +122,10 @@ class NodeMaker:
 
     # --- new ones
 
-    async def create_mutable_file(self, contents: bytes = b"", format: MutableFormat | None = None) -> MutableFileNode:
-        """One round to the servers. Raises NotEnoughServersError, NotWriteableError (MDMF)."""
+    async def create_mutable_file(
+        self, contents: bytes | Changes = b"", format: MutableFormat | None = None
+    ) -> MutableFileNode:
+        """One round to the servers, or several if it is large MDMF, given as Changes. Raises NotEnoughServersError."""
         node = await self._new_file(format)
         await node.create(contents)
         return node
@@ -154,9 +156,8 @@ class NodeMaker:
         return node
 
     async def _new_file(self, format: MutableFormat | None) -> MutableFileNode:
-        if (format or self._mutable_format) != "sdmf":
-            raise NotWriteableError(_NO_MDMF)
         keys = await self._keys.get()
-        cap = SDMFWriteCap(keys.writekey, keys.fingerprint)
+        kind = MDMFWriteCap if (format or self._mutable_format) == "mdmf" else SDMFWriteCap
+        cap = kind(keys.writekey, keys.fingerprint)
         node = self._nodes[cap] = MutableFileNode(self._access, cap, keys=keys)
         return node

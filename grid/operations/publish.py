@@ -1,12 +1,14 @@
-"""Writing the next version of a mutable file: encode it, and put every share in its place if nobody was faster.
+"""Putting the next version of a mutable file on the servers: every share in its place, if nobody was faster.
 
-    encode_sdmf   encrypt ── code ── hash ── sign        -> N shares
-    publish       one test-and-set call per server: "the share is as the servermap saw it" -> whole share
+    one test-and-set call per server: "the share is as the servermap saw it" -> whole share, or changes to it
 
 Every known share is replaced where it is; share numbers with no place yet go to the allowed servers with the
 fewest shares, in permuted order. A test that fails, or a share nobody expected, means another writer: the
 publish fails as a whole, though some servers may already hold the new version. A server that merely fails
 is done without; its shares go elsewhere. At least k distinct shares must be placed.
+
+A version that changes shares in place (MDMF) goes to the shares of its base version and to no others: what a share
+lacks of the base it cannot get this way. Those are left behind, at an older version.
 
 Source: Tahoe-LAFS 1.20's mutable publish. Time limits are ours.
 """
@@ -15,14 +17,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import trio
-from attrs import define, field, frozen
+from attrs import define
 
-from grid.crypto import aes_ctr
-from grid.erasure import Encoder, split_segment
 from grid.errors import (
     NotEnoughServersError,
     PeerError,
@@ -30,24 +30,15 @@ from grid.errors import (
     UncoordinatedWriteError,
     refused_for_space,
 )
-from grid.formats import hashutil
-from grid.formats.hashtree import build_tree, needed_hashes
-from grid.formats.mutable_share import (
-    HEADER_BYTES,
-    SDMF_CHECKSTRING_BYTES,
-    SDMF_DATA_BYTES_MAX,
-    MutableHeader,
-    parse_header,
-)
-from grid.formats.sdmf_share import pack_sdmf_share, sdmf_segment_size, sdmf_signed_prefix
+from grid.formats.mutable_share import HEADER_BYTES
 from grid.interfaces import IStorageBroker, IStorageServer, SlotWrite, TestVector
 from grid.operations.corruption import reports_of
 from grid.operations.keys import MutableKeys
 from grid.operations.leases import Secrets
+from grid.operations.mutable_encode import NewVersion
 from grid.operations.responsiveness import responsiveness_of
 from grid.operations.servermap import KNOWN_LATE, ServerMap, ShareKey
 from grid.operations.slot_share import FoundShare
-from grid.operations.worker import run_cpu_work
 
 log = logging.getLogger(__name__)
 
@@ -63,59 +54,6 @@ WHOLE_BYTES: Final = 4000  # shares up to this size are kept in the new map
 Targets = dict[ShareKey, tuple[IStorageServer, SlotWrite]]
 
 
-@frozen
-class EncodedVersion:
-    """All shares of one version, ready to go."""
-
-    header: MutableHeader
-    shares: Mapping[int, bytes] = field(repr=False)
-
-
-def encode_sdmf(
-    data: bytes, keys: MutableKeys, *, seqnum: int, salt: bytes, k: int, n: int, signature: bytes | None = None
-) -> EncodedVersion:
-    """CPU-bound: see `prepare_sdmf`. `salt` must be 16 fresh random bytes.
-
-    `signature` takes the place of the one that would be made, to get known bytes.
-    Raises ValueError when the file is over SDMF_DATA_BYTES_MAX.
-    """
-    if len(data) > SDMF_DATA_BYTES_MAX:
-        raise ValueError(f"an SDMF file holds at most {SDMF_DATA_BYTES_MAX} bytes")
-    ciphertext = aes_ctr(hashutil.datakey(salt, keys.readkey), data)
-    blocks = Encoder(k, n).encode(split_segment(ciphertext, k)) if data else [b""] * n
-    block_trees = [build_tree([hashutil.block_hash(block)] if data else []) for block in blocks]
-    share_tree = build_tree([tree[0] for tree in block_trees])
-    common: dict[str, Any] = {
-        "seqnum": seqnum,
-        "root_hash": share_tree[0],
-        "salt": salt,
-        "k": k,
-        "n": n,
-        "segment_size": sdmf_segment_size(len(data), k),
-        "data_size": len(data),
-    }
-    if signature is None:
-        signature = keys.private.sign_pss(sdmf_signed_prefix(**common))
-    shares = {
-        number: pack_sdmf_share(
-            **common,
-            public_key=keys.public_der,
-            signature=signature,
-            share_hash_chain={node: share_tree[node] for node in needed_hashes(n, number)},
-            block_hash_tree=block_trees[number],
-            share_data=blocks[number],
-            encrypted_private_key=keys.encrypted_private_key,
-        )
-        for number in range(n)
-    }
-    return EncodedVersion(parse_header(shares[0][:HEADER_BYTES]), shares)
-
-
-async def prepare_sdmf(data: bytes, keys: MutableKeys, *, seqnum: int, salt: bytes, k: int, n: int) -> EncodedVersion:
-    """encode_sdmf, off the event loop if it is long."""
-    return await run_cpu_work(lambda: encode_sdmf(data, keys, seqnum=seqnum, salt=salt, k=k, n=n), len(data) * n // k)
-
-
 @define(eq=False)
 class _Call:
     """Some shares for one server, sent together."""
@@ -126,7 +64,7 @@ class _Call:
 
 
 async def publish(
-    broker: IStorageBroker, secrets: Secrets, keys: MutableKeys, version: EncodedVersion, servermap: ServerMap | None
+    broker: IStorageBroker, secrets: Secrets, keys: MutableKeys, version: NewVersion, servermap: ServerMap | None
 ) -> ServerMap:
     """Put `version` on the servers; return the map of what was placed.
 
@@ -147,7 +85,7 @@ class _Publisher:
         secrets: Secrets,
         keys: MutableKeys,
         servermap: ServerMap,
-        version: EncodedVersion,
+        version: NewVersion,
     ) -> None:
         self._broker = broker
         self._secrets = secrets
@@ -164,7 +102,8 @@ class _Publisher:
     async def run(self) -> None:
         targets = self._known_places()
         for _ in range(PLACEMENT_ROUNDS):
-            self._place_homeless(targets)
+            if self._version.base is None:
+                self._place_homeless(targets)
             if not targets:
                 break
             await self._send(targets)
@@ -177,11 +116,13 @@ class _Publisher:
         """What is now known to be where: a map fit for the next publish."""
         new = ServerMap(keys=self._keys, reports=reports_of(self._broker))
         header = self._version.header
+        # of an MDMF share all that is before the data: the next change in place builds on it
+        kept_bytes = HEADER_BYTES if header.format == "sdmf" else sum(header.offsets.public_key)
         for key, server in self._placed.items():
-            share = self._version.shares[key[1]]
+            _, start = self._version.writes(key[1])[0]
             # enough of them whole to read a small file back, of the others what a test needs
-            whole = len(share) <= WHOLE_BYTES and key[1] < header.k
-            head = share if whole else share[:HEADER_BYTES]
+            whole = len(start) == header.offsets.eof <= WHOLE_BYTES and key[1] < header.k
+            head = start if whole else start[:kept_bytes]
             new.shares[key] = FoundShare(
                 server, self._storage_index, key[1], header, head, whole, self._keys.public_der
             )
@@ -193,22 +134,22 @@ class _Publisher:
 
     def _known_places(self) -> Targets:
         targets: Targets = {}
-        for share in self._map.shares.values():
+        base = self._version.base
+        for share in self._map.shares.values() if base is None else self._map.shares_of(base):
             test = TestVector(0, len(share.header.checkstring), share.header.checkstring)
             self._add(targets, share.server, share.number, test)
-        for bad in self._map.bad.values():
+        for bad in self._map.bad.values() if base is None else ():
             self._add(targets, bad.server, bad.number, TestVector(0, len(bad.specimen) or 1, bad.specimen))
         return targets
 
     def _add(self, targets: Targets, server: IStorageServer, number: int, test: TestVector) -> None:
-        if number in self._version.shares:  # a share number from the time of a larger N stays as it is
-            data = self._version.shares[number]
-            targets[server.server_id, number] = server, SlotWrite([test], [(0, data)])
+        if number in self._version.numbers:  # a share number from the time of a larger N stays as it is
+            targets[server.server_id, number] = server, SlotWrite([test], self._version.writes(number))
 
     def _place_homeless(self, targets: Targets) -> None:
         """Give every share number without a place one, on the servers with the fewest."""
         housed = {number for _, number in (*targets, *self._placed)}
-        homeless = [number for number in sorted(self._version.shares) if number not in housed]
+        homeless = [number for number in sorted(self._version.numbers) if number not in housed]
         if not homeless:
             return
         loads = Counter(server_id for server_id, _ in (*targets, *self._placed))
@@ -276,7 +217,7 @@ class _Publisher:
         try:
             with trio.fail_after(WRITE_TIMEOUT_S):
                 written, before = await server.slot_testv_and_readv_and_writev(
-                    self._storage_index, secrets, call.writes, [(0, SDMF_CHECKSTRING_BYTES)]
+                    self._storage_index, secrets, call.writes, [(0, len(self._checkstring))]
                 )
         except PeerError as error:
             log.info("publish to %s: %s", server.name, error)
@@ -304,7 +245,8 @@ class _Publisher:
             return True
         known = self._map.shares.get(key)
         if known is not None:
-            return head.startswith(known.header.checkstring)
+            expected = known.header.checkstring
+            return head[: len(expected)] == expected[: len(self._checkstring)]
         other = self._map.bad.get(key) or self._map.incompatible.get(key)
         return other is not None and head[: len(other.specimen)] == other.specimen[: len(head)]
 
@@ -318,8 +260,8 @@ class _Publisher:
                 connected=len(self._broker.get_permuted_servers(self._storage_index)),
                 refused_for_space=any(map(refused_for_space, self._failures.values())),
             )
-        if reached < len(self._version.shares):
-            log.warning("publish placed %d of %d shares", reached, len(self._version.shares))
+        if reached < self._version.header.n:
+            log.warning("publish placed %d of %d shares", reached, self._version.header.n)
 
 
 def _group(targets: Targets) -> list[_Call]:

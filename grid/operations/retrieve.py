@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 from attrs import define, field
@@ -31,7 +31,6 @@ from grid.erasure import Decoder
 from grid.errors import (
     CorruptShareError,
     FormatError,
-    GridError,
     NotEnoughSharesError,
     PeerError,
     PeerTimeoutError,
@@ -42,6 +41,8 @@ from grid.formats.chk_share import unpack_share_hashes
 from grid.formats.hashtree import IncompleteHashTree, needed_hashes
 from grid.formats.hashutil import HASH_BYTES
 from grid.formats.mutable_share import MutableHeader, Range
+from grid.formats.segments import div_ceil
+from grid.operations.lanes import in_lanes
 from grid.operations.servermap import BadShare, ServerMap, report_corrupt
 from grid.operations.slot_share import FoundShare, ShareReplacedError
 from grid.operations.worker import run_cpu_work
@@ -59,7 +60,6 @@ CACHE_TAG: Final = b"tahoefs_mutable_cache_v1"
 _MDMF_TAG: Final = b"tahoefs_mdmf_segment_salt_v1"
 
 Block = tuple[bytes, memoryview]  # salt and block
-K = TypeVar("K")
 
 
 @define(eq=False)
@@ -74,7 +74,8 @@ class _Lane:
 class MutableVersion:
     """IReadableSnapshot of one version. Segments are fetched and verified on demand, in any order.
 
-    `remap` makes a fresh, thorough servermap: called at most once for a segment, when shares run out.
+    `remap` makes a fresh, thorough servermap: called at most once for a segment, when shares run out. `is_our_try`: it
+    was published by who reads it now, and lost a race.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class MutableVersion:
         storage_index: bytes,
         readkey: bytes,
         remap: Callable[[], Awaitable[ServerMap]] | None = None,
+        is_our_try: bool = False,
     ) -> None:
         self.servermap = servermap
         self.header = header
+        self.is_our_try = is_our_try
         self._storage_index = storage_index
         self._readkey = readkey
         self._remap = remap
@@ -131,7 +134,7 @@ class MutableVersion:
         size = header.segmentation.segment_bytes(number)
 
         def decode() -> bytes:
-            numbers = sorted(blocks)
+            numbers = sorted(blocks)[: header.k]  # lanes that end together may bring more
             pieces = Decoder(header.k, header.n).decode([blocks[n] for n in numbers], numbers)
             ciphertext = b"".join(pieces)[:size]
             if header.format == "sdmf":
@@ -153,12 +156,18 @@ class MutableVersion:
 
     async def read_all(self) -> bytes:
         """The whole plaintext. Raises NotEnoughSharesError."""
-        if self.num_segments <= 1:
-            return await self._read_segment(0) if self.num_segments else b""
-        found = await _in_lanes(SEGMENTS_IN_FLIGHT, range(self.num_segments), self._read_segment)
-        return b"".join(found[number] for number in range(self.num_segments))
+        return await self.read_start(self.size)
 
-    async def _read_segment(self, number: int) -> bytes:
+    async def read_start(self, size: int) -> bytes:
+        """The first `size` bytes of it, or all if it has fewer. Raises NotEnoughSharesError."""
+        count = min(div_ceil(size, self.header.segment_size), self.num_segments) if self.size else 0
+        if count <= 1:
+            return (await self.read_segment(0))[:size] if count else b""
+        found = await in_lanes(SEGMENTS_IN_FLIGHT, range(count), self.read_segment)
+        return b"".join(found[number] for number in range(count))[:size]
+
+    async def read_segment(self, number: int) -> bytes:
+        """One segment's plaintext. Raises NotEnoughSharesError."""
         ciphertext = await self.get_segment(number)
         return await run_cpu_work(lambda: self.decrypt(number, 0, ciphertext), len(ciphertext))
 
@@ -313,7 +322,7 @@ class MutableVersion:
         async def fetch(chunk: Range) -> bytes:
             return (await self._read_noting(lane, [chunk]))[0]
 
-        found = await _in_lanes(CHUNKS_IN_FLIGHT, chunks[1:], fetch)
+        found = await in_lanes(CHUNKS_IN_FLIGHT, chunks[1:], fetch)
         return [b"".join((first, *(found[chunk] for chunk in chunks[1:]))), *rest]
 
     async def _read_noting(self, lane: _Lane, parts: list[Range]) -> list[bytes]:
@@ -324,28 +333,6 @@ class MutableVersion:
             raise PeerTimeoutError(f"{lane.share.server.name}: share {lane.share.number} came too slowly") from None
         lane.progress_at = trio.current_time()
         return found
-
-
-async def _in_lanes(lanes: int, items: Iterable[K], function: Callable[[K], Awaitable[bytes]]) -> dict[K, bytes]:
-    """{item: what `function` gave}, up to `lanes` at once. The first GridError ends it, and is raised as it is."""
-    found: dict[K, bytes] = {}
-    failures: list[GridError] = []
-    undone = iter(items)
-
-    async def lane() -> None:
-        for item in undone:
-            try:
-                found[item] = await function(item)
-            except GridError as error:  # not through the nursery, which would wrap it in a group
-                failures.append(error)
-                nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(lanes):
-            nursery.start_soon(lane)
-    if failures:
-        raise failures[0]
-    return found
 
 
 def _leaf(header: MutableHeader, salt: bytes, block: memoryview) -> bytes:

@@ -256,6 +256,15 @@ class TahoeGrid:
         query = "" if file_format == "CHK" else f"?format={file_format}"
         return self.request("PUT", _uri(directory, path) + query, data).decode()
 
+    def put_into(self, cap: str, offset: int, data: bytes) -> None:
+        """Write to a mutable file in place."""
+        self.request("PUT", f"{_uri(cap)}?offset={offset}", data)
+
+    def run_command(self, *arguments: str | Path) -> bytes:
+        """The real command line, on the client's node directory. Returns its standard output."""
+        command = [self.tahoe, "-d", self.client.path, *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=REQUEST_TIMEOUT_S).stdout
+
     def mkdir(self, file_format: str = "SDMF") -> str:
         return self.request("POST", f"/uri?t=mkdir&format={file_format}").decode()
 

@@ -415,12 +415,16 @@ async def test_nodes_are_kept_for_a_while_and_not_for_ever() -> None:
     assert first() is None
 
 
-async def test_no_mdmf_yet() -> None:
+async def test_mdmf_directories_and_files() -> None:
     nodes = maker(MemoryBroker(10))
-    with pytest.raises(NotWriteableError):
-        await nodes.create_dirnode({}, format="mdmf")
-    with pytest.raises(NotWriteableError):
-        await nodes.create_mutable_file(b"", format="mdmf")
+    directory = await nodes.create_dirnode({"lit": (LIT, {})}, format="mdmf")
+    assert directory.cap.kind == "dir-mdmf"
+    file = await nodes.create_mutable_file(b"contents", format="mdmf")
+    await directory.set_uri("file", file.get_uri(), None)
+    await file.append(b" and more")
+    children = await maker(nodes._broker).create_from_cap(directory.cap).list()
+    assert set(children) == {"lit", "file"}
+    assert await children["file"][0].download_to_data() == b"contents and more"
 
 
 async def test_verify_and_unknown_caps_give_a_node_that_does_nothing() -> None:

@@ -9,9 +9,8 @@ import trio
 import trio.testing
 
 from grid.errors import NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
-from grid.formats.caps import MDMFWriteCap
 from grid.nodes.mutable import MAP_FRESH_S, MutableFileNode
-from grid.operations.publish import encode_sdmf
+from grid.operations.mutable_encode import encode_sdmf
 from tests.grid.operations import mutable_grid as grid
 from tests.memory_server import MemoryBroker
 
@@ -54,16 +53,6 @@ async def test_a_read_cap_does_not_write() -> None:
     assert node.is_readonly() and node.get_writekey() is None and node.get_uri() == node.get_readonly_uri()
     with pytest.raises(NotWriteableError):
         await node.replace(b"x")
-
-
-async def test_mdmf_is_read_but_not_written() -> None:
-    vector = next(vector for vector in grid.files() if vector["name"] == "mdmf-three-segs-tail-3of10-seq1")
-    broker = MemoryBroker(10)
-    grid.place(broker, grid.shares_of(vector))
-    node = MutableFileNode(grid.access(broker), MDMFWriteCap(grid.keys().writekey, grid.keys().fingerprint))
-    assert await node.download_to_data() == grid.contents_of(vector)
-    with pytest.raises(NotWriteableError):
-        await node.modify(lambda old: old + b"x")
 
 
 async def test_round_trips() -> None:

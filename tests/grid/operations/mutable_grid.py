@@ -11,13 +11,15 @@ from typing import Any
 from grid.crypto import aes_ctr
 from grid.erasure import Encoder, split_segment
 from grid.formats import hashutil
-from grid.formats.caps import SDMFWriteCap
+from grid.formats.caps import MDMFWriteCap, SDMFWriteCap
 from grid.formats.hashtree import build_tree, needed_hashes
 from grid.formats.mdmf_share import pack_mdmf_share
-from grid.nodes.mutable import MutableAccess, MutableFileNode
+from grid.nodes.mutable import MutableFileNode
+from grid.nodes.mutable_reading import MutableAccess
+from grid.operations.changes import Changes
 from grid.operations.keys import MutableKeys
 from grid.operations.leases import Secrets
-from grid.operations.publish import encode_sdmf
+from grid.operations.mutable_encode import encode_sdmf, prepare_mdmf
 from tests import vectors
 from tests.memory_server import MemoryBroker, MemoryServer, Slot
 
@@ -32,6 +34,10 @@ def keys() -> MutableKeys:
 
 def write_cap() -> SDMFWriteCap:
     return SDMFWriteCap(keys().writekey, keys().fingerprint)
+
+
+def mdmf_cap() -> MDMFWriteCap:
+    return MDMFWriteCap(keys().writekey, keys().fingerprint)
 
 
 def storage_index() -> bytes:
@@ -133,3 +139,26 @@ async def created(broker: MemoryBroker, contents: bytes, k: int = 3, n: int = 10
     node = MutableFileNode(access(broker, k, n), write_cap(), keys=keys())
     await node.create(contents)
     return node
+
+
+def mdmf_node(broker: MemoryBroker, k: int = 3, n: int = 10) -> MutableFileNode:
+    """An MDMF file's node, as another client's, which knows nothing yet."""
+    return MutableFileNode(access(broker, k, n), mdmf_cap())
+
+
+async def created_mdmf(broker: MemoryBroker, contents: bytes | Changes, k: int = 3, n: int = 10) -> MutableFileNode:
+    node = MutableFileNode(access(broker, k, n), mdmf_cap(), keys=keys())
+    await node.create(contents)
+    return node
+
+
+async def place_mdmf(broker: MemoryBroker, contents: bytes, segment_size: int, k: int = 3, n: int = 10) -> None:
+    """A file as nobody writes them: of segments so small that many of them cost little."""
+
+    async def read(offset: int, length: int) -> bytes:
+        return contents[offset : offset + length]
+
+    encoded = await prepare_mdmf(
+        read, len(contents), keys(), seqnum=1, k=k, n=n, random_bytes=os.urandom, segment_size=segment_size
+    )
+    place(broker, encoded.shares)

@@ -14,7 +14,7 @@ from grid.formats.chk_share import ShareLayout
 from grid.formats.mutable_share import parse_header
 from grid.operations.check import QUERY_TIMEOUT_S, check_cap
 from grid.operations.check_results import CheckResults
-from grid.operations.publish import encode_sdmf
+from grid.operations.mutable_encode import encode_sdmf
 from grid.operations.verify import READ_BYTES
 from tests.grid.operations import mutable_grid
 from tests.grid.operations.grid import MemoryGrid, noise

@@ -12,7 +12,8 @@ import trio.testing
 from grid.errors import NotEnoughServersError, RemoteFailure, UncoordinatedWriteError
 from grid.formats.mutable_share import parse_header
 from grid.interfaces import SlotSecrets, SlotWrite
-from grid.operations.publish import FIRST_ANSWER_S, STRAGGLER_S, encode_sdmf, publish
+from grid.operations.mutable_encode import encode_sdmf
+from grid.operations.publish import FIRST_ANSWER_S, STRAGGLER_S, publish
 from grid.operations.servermap import KNOWN_LATE, MapMode, MapRequest, ServerMap, update_servermap
 from tests import vectors
 from tests.grid.operations import mutable_grid as grid

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from grid.errors import CorruptShareError, NotEnoughSharesError
 from grid.formats.mutable_share import parse_header
-from grid.operations.publish import encode_sdmf
+from grid.operations.mutable_encode import encode_sdmf
 from grid.operations.retrieve import CHUNK_BYTES, STALL_S, MutableVersion
 from grid.operations.servermap import MapMode, MapRequest, update_servermap
 from tests.grid.operations import mutable_grid as grid

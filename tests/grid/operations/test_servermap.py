@@ -12,7 +12,7 @@ from grid.errors import CorruptShareError, ShareVersionError
 from grid.formats.hashutil import write_enabler
 from grid.operations.corruption import AGAIN_AFTER_S
 from grid.operations.keys import make_keys
-from grid.operations.publish import encode_sdmf
+from grid.operations.mutable_encode import encode_sdmf
 from grid.operations.servermap import (
     CHECK_READ_BYTES,
     KNOWN_LATE,
