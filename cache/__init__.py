@@ -18,10 +18,11 @@ from cache.disk_tier import DiskTier, open_disk
 from cache.journal import JournalFullError
 from cache.kept import kept_directory, read_directory
 from cache.layers import Contents
+from cache.opening import open_workspace
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile
 from cache.spool import SpoolFullError
-from cache.workspace import Position, Workspace, open_workspace
+from cache.workspace import Position, Workspace
 
 __all__ = [
     "Contents",

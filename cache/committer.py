@@ -119,7 +119,9 @@ class Committer:
 
     def discard(self, change: Change, moved_to: Change | None = None) -> None:
         """A change is wanted no more; if its target went elsewhere, by the change `moved_to`."""
-        change.moved_to = moved_to
+        for waited in change.hand_on(moved_to):
+            self._journal.record(waited)
+            self._touch(waited.directory)
         self._settle(change)
         target = change.target
         if isinstance(target, PendingFile):
@@ -131,6 +133,7 @@ class Committer:
     def _settle(self, change: Change) -> None:
         directory = change.directory
         change.done = True
+        change.wait_for_nothing()
         directory.unready.discard(change)
         directory.failing.discard(change)
         if isinstance(change.target, PendingFile | Directory):
@@ -155,6 +158,7 @@ class Committer:
     def _uploaded(self, file: PendingFile) -> None:
         """An upload ended, one way or the other."""
         for change in list(file.links):
+            self._journal.record(change)
             change.directory.unready.discard(change)
             change.directory.failing.discard(change)
             if file.cap is None:
@@ -239,6 +243,7 @@ class Committer:
             if batch or directory.is_new:
                 for change in batch:
                     change.sent = True  # from here on: what takes its place from now on must know of it
+                    self._journal.record(change)
                 self._publishing += 1
                 state.publishing = trio.CancelScope()
                 self._nursery.start_soon(self._publish, directory, state, state.publishing, batch)
@@ -248,6 +253,7 @@ class Committer:
     async def _publish(self, directory: Directory, state: _Dirty, scope: trio.CancelScope, batch: list[Change]) -> None:
         try:
             with scope:
+                await self._persist()
                 async with directory.grid_lock:
                     with trio.fail_after(PUBLISH_TIMEOUT_S):
                         published = await publish(self._client, directory, batch)
@@ -263,6 +269,13 @@ class Committer:
             if self._publishing < PUBLISHES_MAX:
                 del self._waiting_for_a_turn[waiting]
                 self._touch(waiting)
+
+    async def _persist(self) -> None:
+        """What will be on the grid must be known to be ours, also after a kill, or it would pass for another's."""
+        try:
+            await self._journal.persist()
+        except (GridError, OSError) as error:  # sending makes room on a full disk: worth the small risk
+            log.warning("the journal cannot be written: %s", error)
 
     def _published(self, directory: Directory, state: _Dirty, batch: list[Change], published: Published) -> None:
         now = trio.current_time()
@@ -284,7 +297,10 @@ class Committer:
         directory.hold_s = min(held_s * 2, LATEST_S_MAX) if busy else 0.0
         if was_new:
             self._table[published.cap] = directory
+            for change in directory.changes.values():
+                self._journal.record(change)
             for link in directory.links:
+                self._journal.record(link)
                 link.directory.unready.discard(link)
                 self._touch(link.directory)
 
@@ -302,8 +318,7 @@ class Committer:
                         "%s: %r was changed elsewhere; ours to %s it is void", where, change.name, change.kind.value
                     )
                 continue
-            stamp = time.strftime("%Y-%m-%d %H.%M.%S", time.localtime(change.when))
-            name = directory.free_name(change.name, f"conflict {stamp} {self._nickname()}")
+            name = self.conflict_name(directory, change.name, change.when)
             assert change.target is not None
             moved, _ = directory.put(name, change.target, change.metadata or {}, change.position, change.when)
             self.enqueue(moved)
@@ -311,6 +326,11 @@ class Committer:
             self.discard(change, moved_to=moved)
             self.conflicts += 1
             log.warning("%s: %r was changed elsewhere too; ours is now %r", where, change.name, name)
+
+    def conflict_name(self, directory: Directory, name: str, when: float) -> str:
+        """A free name beside `name`, for what was to have it at the POSIX time `when`."""
+        stamp = time.strftime("%Y-%m-%d %H.%M.%S", time.localtime(when))
+        return directory.free_name(name, f"conflict {stamp} {self._nickname()}")
 
     def _nickname(self) -> str:
         nickname = "".join(

@@ -61,11 +61,15 @@ class RunningHash:
             self._hasher.update(data)
             self.done += len(data)
 
+    def spoil(self) -> None:
+        """Of no use, until the file is emptied."""
+        self._hasher = None
+        self.done = 0
+
     def changed_from(self, offset: int) -> None:
         """Bytes from `offset` on are no longer what they were."""
         if offset < self.done:
-            self._hasher = None
-            self.done = 0
+            self.spoil()
 
     def take(self, size: int) -> tuple[TaggedHasher, int]:
         """A hasher for the file, now known to have `size` bytes, and how many of them it has seen already."""

@@ -20,14 +20,16 @@ A Change may have to wait for others (`after`): a name that was moved away goes 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import trio
 from attrs import define, field, frozen
 
+from cache.cap_json import cap_to_json
 from cache.pending import PendingFile
+from cache.sealed import SealedFile
 from grid.formats.caps import Cap, DirectoryCap
 from grid.formats.directory import DirEntry, update_metadata
 
@@ -51,7 +53,7 @@ class Kind(enum.Enum):
 
 @define(eq=False)
 class Change:
-    """What is to be done to one name. An effect in the journal; compared by identity."""
+    """What is to be done to one name. An effect in the journal, with a row there; compared by identity."""
 
     directory: Directory
     name: str
@@ -62,10 +64,73 @@ class Change:
     target: Target | None = field(default=None, repr=False)  # of a LINK
     metadata: dict[str, Any] | None = None  # of a LINK or METADATA: the whole new metadata
     after: set[Change] = field(factory=set, repr=False)  # those that must be on the grid before this one is sent
+    before: set[Change] = field(factory=set, repr=False)  # the reverse: those that have this one in `after`
     waiting: set[Change] = field(factory=set, repr=False)  # those found waiting for this one
-    moved_to: Change | None = field(default=None, repr=False)  # the link that took this one's place, elsewhere
     sent: bool = False  # it may be on the grid already
     done: bool = False  # settled, one way or the other
+    id: int = 0  # in the journal
+
+    def wait_for(self, others: Iterable[Change]) -> None:
+        for other in others:
+            self.after.add(other)
+            other.before.add(self)
+
+    def wait_for_nothing(self) -> None:
+        for other in self.after:
+            other.before.discard(self)
+        self.after.clear()
+
+    def hand_on(self, successor: Change | None) -> list[Change]:
+        """Those that waited for this one wait for `successor` instead, or for nothing. Returns them."""
+        waited = [change for change in self.before if not change.done]
+        for change in waited:
+            change.after.discard(self)
+            if successor is not None and change is not successor:
+                change.wait_for([successor])
+        self.before.clear()
+        return waited
+
+    def move(self, directory: Directory, name: str, position: int) -> None:
+        """From another journal into this one's directory."""
+        self.directory.take_away(self)
+        self.directory, self.name, self.position = directory, name, position
+        directory.restore(self)
+
+    # --- in the journal
+
+    @property
+    def parts(self) -> Iterable[SealedFile]:
+        sealed = self.target.sealed if isinstance(self.target, PendingFile) else None
+        return () if sealed is None else (sealed,)
+
+    def row(self, number_of: Callable[[Any], int]) -> dict[str, Any] | None:
+        """See `cache/replay.py` for the way back."""
+        if self.done:
+            return None
+        target: dict[str, Any] | None = None
+        if (cap := self.cap) is not None:
+            target = {"cap": cap_to_json(cap)}
+            if isinstance(self.target, Directory) and not self.target.linked:
+                target["unlinked"] = True
+        elif isinstance(self.target, Directory):
+            target = {"new": number_of(self.target)}
+        elif isinstance(self.target, PendingFile) and self.target.sealed is not None:
+            target = {"file": number_of(self.target.sealed), "name": self.target.name}
+        home = self.directory
+        return {
+            "is": "change",
+            "in": {"new": number_of(home)} if home.cap is None else {"cap": cap_to_json(home.cap)},
+            "path": home.path,
+            "name": self.name,
+            "kind": self.kind.value,
+            "position": self.position,
+            "when": self.when,
+            "ancestors": [None if each is None else cap_to_json(each) for each in self.ancestors],
+            "target": target,
+            "metadata": self.metadata,
+            "after": [number_of(each) for each in self.after if not each.done],
+            "sent": self.sent,
+        }
 
     @property
     def cap(self) -> Cap | None:
@@ -105,6 +170,7 @@ class Directory:
     """One directory of this mount; shared by all who look at it. New ones have no cap until they are published."""
 
     def __init__(self, cap: Cap | None, *, path: str | None = None) -> None:
+        self.id = 0  # in the journal, while it is new
         self._cap = cap
         self.path = path  # where it was last seen in the mount, for messages only; anybody may set it
         self.immutable = cap is not None and not cap.is_mutable
@@ -204,9 +270,9 @@ class Directory:
     ) -> tuple[Change, Change | None]:
         change = self._successor(name, Kind.LINK, position, when)
         change.target, change.metadata = target, metadata
-        change.after |= after or set()
+        change.wait_for(after or ())
         if all(ancestor is None for ancestor in change.ancestors):
-            change.after = set()  # nothing on the grid is lost by it
+            change.wait_for_nothing()  # nothing on the grid is lost by it
         return change, self._lay(change)
 
     def drop(
@@ -214,10 +280,11 @@ class Directory:
     ) -> tuple[Change | None, Change | None]:
         change = self._successor(name, Kind.REMOVE, position, when)
         if all(ancestor is None for ancestor in change.ancestors):  # the grid never heard of it
+            change.wait_for_nothing()
             old = self.changes.pop(name, None)
             self._touch(name)
             return None, old
-        change.after |= after or set()
+        change.wait_for(after or ())
         return change, self._lay(change)
 
     def describe(self, name: str, metadata: dict[str, Any], position: int, when: float) -> tuple[Change, Change | None]:
@@ -236,7 +303,13 @@ class Directory:
         ancestors = old.ancestors
         if old.sent and old.kind is not Kind.METADATA:
             ancestors = (*ancestors, old.cap)
-        return Change(self, name, kind, min(position, old.position), when, ancestors, after=set(old.after))
+        change = Change(self, name, kind, min(position, old.position), when, ancestors)
+        change.wait_for(old.after)
+        return change
+
+    def restore(self, change: Change) -> None:
+        """From the journal of a process before this one."""
+        self._lay(change)
 
     def _lay(self, change: Change) -> Change | None:
         old = self.changes.pop(change.name, None)

@@ -12,10 +12,14 @@ it waits for the base cannot make it return garbage.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Protocol
+
+import trio
 
 from cache.spool import SpoolFile
 from grid.errors import FormatError
+from grid.formats.caps import Cap, LiteralCap
 
 
 class Contents(Protocol):
@@ -23,6 +27,10 @@ class Contents(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def cap(self) -> Cap | None:
+        """Of what it is; None while that is not on the grid."""
 
     async def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`, fewer only at the end. Raises GridError."""
@@ -36,6 +44,7 @@ class BytesContents:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        self.cap = LiteralCap(data)
 
     @property
     def size(self) -> int:
@@ -46,6 +55,27 @@ class BytesContents:
 
     def close(self) -> None:
         pass
+
+
+class LazyContents:
+    """A file on the grid, opened when it is first read."""
+
+    def __init__(self, cap: Cap, size: int, opener: Callable[[Cap], Awaitable[Contents]]) -> None:
+        self.cap = cap
+        self.size = size
+        self._opener = opener
+        self._opening = trio.Lock()  # held over the first opening
+        self._contents: Contents | None = None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        async with self._opening:
+            if self._contents is None:
+                self._contents = await self._opener(self.cap)
+        return await self._contents.read(offset, length)
+
+    def close(self) -> None:
+        if self._contents is not None:
+            self._contents.close()
 
 
 class Layers:

@@ -17,7 +17,7 @@ class WorkspaceOptions:
 
     cache_bytes: int = 5 << 30  # verified ciphertext kept on the local disk, for all mounts of a node directory
     memory_bytes: int = 64 * _MIB  # of it at most: held in memory as well
-    journal_bytes: int = 10 << 30  # open and unsent files on the local disk; writers wait, then SpoolFullError
+    journal_bytes: int | None = None  # open and unsent files on the local disk; then SpoolFullError. None: as it fits
     keep_bytes: int = 512 * _MIB  # of journal_bytes at most: files already stored, kept to be read back
     spool_wait_s: float = 20.0  # how long a writer waits for room in the spool
     poll_s: float = 5.0  # how long the size of a mutable file is believed

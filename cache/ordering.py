@@ -1,8 +1,8 @@
 """Which pending changes may be sent now: what must be on the grid before them is there, or goes with them.
 
-A change waits for those in `after`, followed to where they were moved, and, if one of them went into a new directory,
-for the link to that directory. Within one directory what is sent together takes effect together, so waiting for a
-change of the same batch is no wait. A circle (two names exchanged across directories) cannot be ordered: it goes.
+A change waits for those in `after`, and, if one of them went into a new directory, for the link to that directory.
+Within one directory what is sent together takes effect together, so waiting for a change of the same batch is no wait.
+A circle (two names exchanged across directories) cannot be ordered: it goes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ def may_go(change: Change, path: tuple[Change, ...] = ()) -> bool:
 
 
 def _satisfied(first: Change, change: Change, path: tuple[Change, ...]) -> bool:
-    first = _latest(first)
     if first.done:
         directory = first.directory
         if directory.linked or not directory.links:
@@ -33,22 +32,16 @@ def _satisfied(first: Change, change: Change, path: tuple[Change, ...]) -> bool:
     return False
 
 
-def _latest(change: Change) -> Change:
-    while change.moved_to is not None:
-        change = change.moved_to
-    return change
-
-
 def _waits_for(start: Change, goal: Change) -> bool:
     """Whether `start` is, through others, waiting for `goal`."""
     seen: set[Change] = set()
     todo = [start]
     while todo:
-        change = _latest(todo.pop())
+        change = todo.pop()
         if change is goal:
             return True
         if change in seen:
             continue
         seen.add(change)
-        todo += [first for first in change.after if not first.done or first.moved_to is not None]
+        todo += [first for first in change.after if not first.done]
     return False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 from attrs import define
 
+from cache.cap_json import cap_to_json
 from cache.sealed import SealedFile
 from cache.throughput import Meter
 from grid.formats.caps import Cap
@@ -98,3 +100,16 @@ class Replacement:
         self.size = sealed.size
         self.error: Exception | None = None
         self.attempts = 0
+        self.done = False
+        self.id = 0  # in the journal
+
+    @property
+    def parts(self) -> Iterable[SealedFile]:
+        return (self.sealed,)
+
+    def row(self, number_of: Callable[[Any], int]) -> dict[str, Any] | None:
+        """See `cache/replay.py` for the way back."""
+        if self.done:
+            return None
+        file = number_of(self.sealed)
+        return {"is": "replacement", "cap": cap_to_json(self.cap), "file": file, "position": self.position}

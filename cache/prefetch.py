@@ -62,7 +62,7 @@ class Prefetcher:
         try:
             with trio.move_on_after(FETCH_TIMEOUT_S):
                 snapshot = await self._client.create_node_from_uri(cap).open_snapshot()
-                await SnapshotContents(snapshot, self._blocks).warm()
+                await SnapshotContents(cap, snapshot, self._blocks).warm()
         except GridError as error:
             log.debug("a file was not prefetched: %s", error)
         except Exception:

@@ -46,7 +46,9 @@ class Replacements:
         """The contents this file will have."""
         return self._latest.get(storage_index)
 
-    def add(self, storage_index: bytes, replacement: Replacement) -> None:
+    def add(self, replacement: Replacement) -> None:
+        storage_index = replacement.cap.storage_index
+        assert storage_index is not None, "of a mutable file"
         old = self._latest.get(storage_index)
         if old is not None:
             replacement.position = min(replacement.position, old.position)
@@ -64,6 +66,7 @@ class Replacements:
 
     def _let_go(self, replacement: Replacement) -> None:
         self.failing.pop(replacement, None)
+        replacement.done = True
         self._journal.settle(replacement)
         replacement.sealed.release()
 
@@ -95,6 +98,7 @@ class Replacements:
     async def _publish(self, replacement: Replacement) -> None:
         sealed = replacement.sealed.retain()
         try:
+            await sealed.check()
             data = await read_all(sealed)
         finally:
             sealed.release()

@@ -3,39 +3,68 @@
 It may still show parts of what it was written over (`Layers`); `fill` fetches those, after which it stands by
 itself. Reads of more than a chunk, hashing and uploading happen in worker threads, on descriptors that are open only
 meanwhile.
+
+In the journal it has a row of its own (`row`), from which a later process makes it anew (`cache/replay.py`). Short
+contents stand in the row itself, so that a thousand small files are on the disk with one fsync; for longer ones the row
+has a digest of what is held, which is checked before a restored file is believed.
 """
 
 from __future__ import annotations
 
+import base64
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, Self
+from hashlib import sha256
+from typing import Any, Final, Self
 
 import trio
 
+from cache.cap_json import cap_to_json
 from cache.convergence import FileEncoding, RunningHash
 from cache.layers import Layers, read_under
 from cache.spool import Spool, SpoolFile
 from grid.crypto import KEY_BYTES
+from grid.errors import GridError
+from grid.formats.caps import Cap
 from grid.formats.hashutil import TaggedHasher
 from grid.interfaces import EncodingParameters
 from grid.operations.worker import run_cpu_work
 
 CHUNK_BYTES: Final = 1 << 20  # read, fetched or hashed at a time
+ROW_DATA_BYTES_MAX: Final = 32 << 10  # contents up to here stand in the journal itself
 HASH_HOP_BYTES: Final = 16 << 20  # per thread hop of the key pass, so that cancelling does not wait for a whole file
+
+
+class DamagedFileError(GridError):
+    """Contents that are nowhere but here, and are not here either. Nothing can be done but write them again."""
 
 
 class SealedFile:
     """A finished file in the spool. Owned (once) by whoever sealed it, until `release`."""
 
-    def __init__(self, layers: Layers, encoding: FileEncoding, running: RunningHash, depth: int) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        encoding: FileEncoding,
+        running: RunningHash,
+        depth: int,
+        *,
+        digest: bytes | None = None,
+        synced: bool = False,
+    ) -> None:
+        self.id = 0
+        self.on_change: Callable[[SealedFile], None] | None = None  # told when the row must change
+        self.cap: Cap | None = None  # once it is stored
         self._layers = layers
         self._encoding = encoding
         self._running = running
         self._key: bytes | None = None
-        self._filling = trio.Lock()  # held over fetches from the base and spool writes by `fill`, nothing else
+        self._digest = digest  # of all that is held, as it stands on the disk; None until somebody took it
+        self._synced = synced  # on the disk, and `digest` known
+        self.doubted = False  # comes from another process, so that it must be checked before it is believed
+        self._filling = trio.Lock()  # held over fetches from the base and spool writes by `fill`, and over `check`
         self._owners = 1
         self.size = layers.size
         self.depth = depth
@@ -72,9 +101,98 @@ class SealedFile:
     def release(self) -> None:
         self._owners -= 1
         if self._owners == 0:
+            self._note_change()  # before what the row speaks of is gone: so the two are written together
             self._layers.file.release()
             if self._layers.base is not None:
                 self._layers.base.close()
+
+    def stored_as(self, cap: Cap) -> None:
+        """It is on the grid: that is all the journal needs to know from now on."""
+        self.cap = cap
+        self._note_change()
+
+    def _note_change(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self)
+
+    # --- in the journal
+
+    @property
+    def parts(self) -> Iterable[SealedFile]:
+        base = self._layers.base
+        return (base.sealed,) if isinstance(base, SealedContents) and base.cap is None else ()
+
+    @property
+    def needs_sync(self) -> bool:
+        return not (self._synced or self.gone or self.cap is not None or self._fits_row)
+
+    @property
+    def _fits_row(self) -> bool:
+        return self.held_bytes <= ROW_DATA_BYTES_MAX
+
+    def row(self, number_of: Callable[[Any], int]) -> dict[str, Any] | None:
+        """See `cache/replay.py` for the way back."""
+        if self.gone:
+            return None
+        if self.cap is not None:
+            return {"is": "file", "cap": cap_to_json(self.cap)}
+        layers = self._layers
+        base: dict[str, Any] | None = None
+        if layers.base is not None:
+            cap = layers.base.cap
+            base = {"file": number_of(*self.parts)} if cap is None else {"cap": cap_to_json(cap)}
+        row = {
+            "is": "file",
+            "number": self.file.number,
+            "key": self.file.key.hex(),
+            "size": self.size,
+            "spans": list(self.file.spans),
+            "base": base,
+            "base_stop": layers.base_stop,
+            "depth": self.depth,
+            "synced": self._synced,
+        }
+        if self._fits_row:
+            row["data"] = base64.b64encode(b"".join(self.file.stored_ranges())).decode()
+        elif self._digest is not None:
+            row["digest"] = self._digest.hex()
+        return row
+
+    def sync(self) -> None:
+        """In a thread: have it on the disk, and know its digest. Raises OSError."""
+        if not self.needs_sync:
+            return
+        spans = self.file.spans.total
+        digest = self._take_digest()
+        self.sync_data()
+        if spans == self.file.spans.total:  # or `fill` was at it: then it is recorded once more
+            self._digest, self._synced = digest, True
+
+    def sync_data(self) -> None:
+        self.file.sync()
+
+    def _take_digest(self) -> bytes:
+        digest = sha256()
+        for data in self.file.stored_ranges():
+            digest.update(data)
+        return digest.digest()
+
+    async def check(self) -> None:
+        """If it comes from a process before this one: is it what that one wrote? Raises DamagedFileError."""
+        if not self.doubted:
+            return
+        async with self._filling:
+            if self.doubted:
+                await trio.to_thread.run_sync(self._check)
+                self.doubted = False
+
+    def _check(self) -> None:
+        try:
+            whole = self._digest is None or self._take_digest() == self._digest
+        except OSError as error:
+            raise DamagedFileError(f"the local copy cannot be read: {error.strerror}") from None
+        if not whole:
+            raise DamagedFileError("the local copy, the only one there is, was damaged on the disk")
 
     async def fill(self, spool: Spool, wait_s: float) -> None:
         """Fetch what is still the base's alone, so that the file stands by itself. Raises GridError."""
@@ -89,6 +207,8 @@ class SealedFile:
                         await trio.to_thread.run_sync(layers.file.write, position, data)
             base, layers.base, layers.base_stop = layers.base, None, 0
             self.depth = 1
+            self._digest, self._synced = None, False
+            self._note_change()  # before the base may go
             if base is not None:
                 base.close()
 
@@ -131,31 +251,35 @@ class SealedContents:
     """A sealed file, to read."""
 
     def __init__(self, sealed: SealedFile) -> None:
-        self._sealed = sealed.retain()
+        self.sealed = sealed.retain()
         self._open = True
         sealed.file.open()
 
     @property
     def size(self) -> int:
-        return self._sealed.size
+        return self.sealed.size
+
+    @property
+    def cap(self) -> Cap | None:
+        return self.sealed.cap
 
     @property
     def depth(self) -> int:
         """How many sealed files are laid over each other here."""
-        return self._sealed.depth
+        return self.sealed.depth
 
     async def read(self, offset: int, length: int) -> bytes:
         if not self._open:
             raise ValueError("these contents are closed")
-        if length > CHUNK_BYTES and self._sealed.complete:
-            return await run_cpu_work(partial(self._sealed.read_sync, offset, length), length)
-        return await self._sealed.read(offset, length)
+        if length > CHUNK_BYTES and self.sealed.complete:
+            return await run_cpu_work(partial(self.sealed.read_sync, offset, length), length)
+        return await self.sealed.read(offset, length)
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._sealed.file.shut()
-            self._sealed.release()
+            self.sealed.file.shut()
+            self.sealed.release()
 
 
 class SpoolUploadable:

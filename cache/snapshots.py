@@ -9,6 +9,7 @@ import trio
 from cache.blocks import BlockCache
 from cache.readahead import ReadAhead
 from grid.errors import FormatError
+from grid.formats.caps import Cap
 from grid.formats.segments import div_ceil
 from grid.interfaces import IReadableSnapshot
 
@@ -18,7 +19,8 @@ READ_SEGMENTS_MAX: Final = 8  # of one read that are waited for at a time
 class SnapshotContents:
     """One immutable file, or one version of a mutable one; open files of one snapshot share what is fetched."""
 
-    def __init__(self, snapshot: IReadableSnapshot, blocks: BlockCache) -> None:
+    def __init__(self, cap: Cap, snapshot: IReadableSnapshot, blocks: BlockCache) -> None:
+        self.cap = cap
         self._snapshot = snapshot
         self._blocks = blocks
         self._ahead = ReadAhead()

@@ -7,7 +7,7 @@ callers bound the number of ranges (see `cache/spool.py`).
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class Spans:
@@ -15,10 +15,12 @@ class Spans:
 
     __slots__ = ("_starts", "_stops", "total")
 
-    def __init__(self) -> None:
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._starts: list[int] = []
         self._stops: list[int] = []
         self.total = 0
+        for start, stop in ranges:
+            self.add(start, stop)
 
     def __len__(self) -> int:
         return len(self._starts)

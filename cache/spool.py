@@ -1,11 +1,13 @@
 """The spool: local files for what is being written, until it is on the grid.
 
-    <state_dir>/spool/<pid>-<random>/lock      held with flock while the process lives
-                                    /<number>  one sparse file per written file, AES-128-CTR under a random key
-                                               that exists in memory only; byte i of the file is byte i of the contents
+    <directory>/<number>   one sparse file per written file, AES-128-CTR under a random key of its own;
+                           byte i of the file is byte i of the contents
+
+A file's key exists in memory, and in the journal's row about it once it is sealed; so what was open when the process
+died is unreadable, and removed at the next start. Files are 0600, in a directory that belongs to one
+process at a time (`cache/journal_store.py`).
 
 Only written ranges are held (`SpoolFile.spans`); the rest of the file on disk is a hole that means nothing.
-What a dead process left is unreadable, and removed at the next start. Directories are 0700, files 0600.
 
 Limits: the keystream of a file is reused when a range is written again, so somebody who images the disk twice
 while a file is open learns the xor of the two writings. All held bytes count against one limit; files already
@@ -17,13 +19,10 @@ Nothing here awaits with a lock held: accounting is plain synchronous code, `roo
 from __future__ import annotations
 
 import errno
-import fcntl
-import itertools
-import logging
 import os
 import secrets
-import shutil
 from collections import OrderedDict
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -31,10 +30,9 @@ import trio
 
 from cache.spans import Spans
 from grid.crypto import KEY_BYTES, aes_ctr
-from grid.errors import GridError, NodeDirectoryError
+from grid.errors import GridError, NotWriteableError
 
-log = logging.getLogger(__name__)
-
+CHUNK_BYTES = 1 << 20  # read at a time
 SPANS_MAX = 1 << 20  # separate ranges in one file: 4 GiB of scattered 4 KiB writes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -55,10 +53,10 @@ class Keepable(Protocol):
 class Spool:
     """This process's spool directory, and the account of all bytes in it."""
 
-    def __init__(self, path: Path, lock_fd: int, limit_bytes: int, keep_bytes: int) -> None:
+    def __init__(self, path: Path | None, *, limit_bytes: int, keep_bytes: int) -> None:
+        """`path`: a directory that nobody else uses; None where nothing will be written."""
         self._path = path
-        self._lock_fd = lock_fd
-        self._numbers = itertools.count(1)
+        self._next = 1 + max((int(name) for name in self._names()), default=0)
         self._room = trio.Event()
         self._kept: OrderedDict[bytes, Keepable] = OrderedDict()  # by storage index, the longest unused first
         self._kept_bytes = 0
@@ -66,37 +64,44 @@ class Spool:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
 
-    @classmethod
-    def open(cls, state_dir: Path, *, limit_bytes: int, keep_bytes: int) -> Self:
-        """Make this process's directory and remove those of dead ones. Raises NodeDirectoryError."""
-        root = state_dir / "spool"
-        try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            root.chmod(0o700)
-            guard = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(guard, fcntl.LOCK_EX)  # or a starting process might take our directory for a dead one's
-                _remove_abandoned(root)
-                path = root / f"{os.getpid()}-{secrets.token_hex(8)}"
-                path.mkdir(mode=0o700)
-                return cls(path, _lock(path), limit_bytes, keep_bytes)
-            finally:
-                os.close(guard)
-        except OSError as error:
-            raise NodeDirectoryError(
-                f"cannot keep unsent files in {root}: {error.strerror}; check it is yours"
-            ) from None
-
-    def close(self) -> None:
-        """Remove everything. Harmless when repeated."""
-        shutil.rmtree(self._path, ignore_errors=True)
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+    def _names(self) -> list[str]:
+        return [] if self._path is None else [path.name for path in self._path.iterdir() if path.name.isdecimal()]
 
     def create(self) -> SpoolFile:
         """A new empty file, with one owner. Raises SpoolFullError, OSError."""
-        return SpoolFile(self, self._path / str(next(self._numbers)))
+        number = self._next
+        self._next += 1
+        path = self._path_of(number)
+        return SpoolFile(self, path, number, secrets.token_bytes(KEY_BYTES), Spans(), _create(path))
+
+    def restore(self, number: int, key: bytes, spans: Spans) -> SpoolFile:
+        """A sealed file that a process before this one left, with one owner; not open. It may be damaged."""
+        self._next = max(self._next, number + 1)
+        self.account(spans.total)
+        return SpoolFile(self, self._path_of(number), number, key, spans)
+
+    def adopt(self, path: Path) -> int:
+        """Have a file of another directory on the same disk here too. Returns its number here. Raises OSError."""
+        number = self._next
+        os.link(path, self._path_of(number))
+        self._next += 1
+        return number
+
+    def sweep(self, known: Container[int]) -> None:
+        """Remove the files that nobody knows: they were open when their process died."""
+        for name in self._names():
+            if int(name) not in known and self._path is not None:
+                (self._path / name).unlink(missing_ok=True)
+
+    def _path_of(self, number: int) -> Path:
+        if self._path is None:
+            raise NotWriteableError("this mount is read-only")
+        return self._path / str(number)
+
+    def let_go(self) -> None:
+        """Of all files that were only kept to be read back."""
+        while self._kept:
+            self._let_go_oldest()
 
     async def room(self, size: int, wait_s: float) -> None:
         """Return once `size` bytes more are within the limit; files kept for reading give way. SpoolFullError."""
@@ -148,14 +153,16 @@ class SpoolFile:
     `open`/`shut` count users of the descriptor, so that ten thousand unsent files need no ten thousand of them.
     """
 
-    def __init__(self, spool: Spool, path: Path) -> None:
+    def __init__(self, spool: Spool, path: Path, number: int, key: bytes, spans: Spans, fd: int = -1) -> None:
+        """Open when it comes with a descriptor, which has one user then."""
         self._spool = spool
         self._path = path
-        self._key = secrets.token_bytes(KEY_BYTES)
         self._owners = 1
-        self._users = 1
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self.spans = Spans()
+        self._users = int(fd >= 0)
+        self._fd = fd
+        self.number = number
+        self.key = key
+        self.spans = spans
 
     def __repr__(self) -> str:
         return f"<SpoolFile {self._path.name}, {self.spans.total} bytes>"
@@ -190,7 +197,7 @@ class SpoolFile:
         """Put `data` there and account for it. Raises SpoolFullError when the disk or the map of ranges is full."""
         if len(self.spans) >= SPANS_MAX:
             raise SpoolFullError(f"a file written in more than {SPANS_MAX} separate pieces")
-        sealed = memoryview(aes_ctr(self._key, data, offset))
+        sealed = memoryview(aes_ctr(self.key, data, offset))
         done = 0
         try:
             while done < len(sealed):
@@ -211,9 +218,38 @@ class SpoolFile:
             piece = os.pread(self._fd, length, offset)
             if not piece:
                 raise OSError(errno.EIO, f"spool file {self._path.name} is shorter than it was written")
-            pieces.append(aes_ctr(self._key, piece, offset))
+            pieces.append(aes_ctr(self.key, piece, offset))
             offset, length = offset + len(piece), length - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def sync(self) -> None:
+        """Have it on the disk; blocks. Nothing to do once it is removed."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def stored_ranges(self) -> Iterator[bytes]:
+        """What is held, as it stands on the disk: encrypted, in order, a chunk at a time; blocks. Raises OSError."""
+        with self._path.open("rb", buffering=0) as stream:
+            for start, stop in self.spans:
+                for position in range(start, stop, CHUNK_BYTES):
+                    wanted = min(CHUNK_BYTES, stop - position)
+                    if len(data := os.pread(stream.fileno(), wanted, position)) != wanted:
+                        raise OSError(errno.EIO, f"spool file {self.number} is shorter than it was written")
+                    yield data
+
+    def store_ranges(self, data: bytes) -> None:
+        """The reverse, into a file that is not there, or not whole. Raises OSError."""
+        with open(self._path, "wb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            done = 0
+            for start, stop in self.spans:
+                os.pwrite(stream.fileno(), data[done : done + stop - start], start)
+                done += stop - start
 
     def cut(self, size: int) -> None:
         """Forget all from `size` on."""
@@ -224,23 +260,10 @@ class SpoolFile:
             self._spool.account(self.spans.total - before)
 
 
-def _lock(path: Path) -> int:
-    fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _create(path: Path) -> int:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(fd)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise SpoolFullError("the local disk is full") from None
         raise
-    return fd
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove what dead processes left: a directory whose lock can be had has no process behind it."""
-    for path in root.iterdir():
-        try:
-            fd = _lock(path)
-        except OSError:  # alive, or not ours to judge
-            continue
-        log.info("removing the spool of a dead process, %s", path.name)
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(fd)

@@ -157,6 +157,7 @@ class Uploads:
     async def _send(self, file: PendingFile, sealed: SealedFile) -> Cap:
         sealed = sealed.retain()
         try:
+            await sealed.check()
             if not sealed.complete:
                 await sealed.fill(self._spool, self._options.spool_wait_s)
             if self._options.mutable is not None and file.size <= MUTABLE_BYTES_MAX:
@@ -190,6 +191,7 @@ class Uploads:
         self._files.pop(file, None)
         self.failing.pop(file, None)
         file.sealed = None
+        sealed.stored_as(cap)
         if cap.storage_index is not None and not cap.is_mutable:
             self._spool.keep(cap.storage_index, sealed)
             self.on_stored(sealed, cap)

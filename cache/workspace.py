@@ -8,8 +8,8 @@ committer brings it to the grid. So an operation is done whole or not at all, al
     read    open_contents ─► spool (what was just written) | blocks ─► the grid
     write   new_contents ─► store ─► directories (pending changes) + committer ─► the grid
 
-state_dir holds spool/ (see `cache/spool.py`). The journal itself is in memory: what is not on the grid when the
-process dies is lost, so callers end with `drain`.
+What is not on the grid yet survives a kill in the journal on the local disk: an operation is there from `persist` on
+(`cache/journal.py`); `cache/opening.py` finds it there again.
 
 Who holds which lock over which await: `load` holds the directory's grid_lock while it reads the listing. Nothing else
 here holds one; see `cache/committer.py` for the publishes.
@@ -22,9 +22,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -45,6 +43,7 @@ from cache.layers import BytesContents, Contents
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile, Replacement
 from cache.prefetch import Prefetcher, is_small
+from cache.replay import Restored
 from cache.sealed import SealedFile
 from cache.snapshots import SnapshotContents
 from cache.spool import Spool
@@ -64,7 +63,6 @@ from grid.formats.segments import LITERAL_BYTES_MAX
 
 Position: TypeAlias = int
 
-PENDING_CHANGES_MAX: Final = 200_000  # names not on the grid yet; writers wait, then JournalFullError
 JOURNAL_WAIT_S: Final = 20.0
 LISTED_ENTRIES_MAX: Final = 50_000  # some 60 MB, over all directories that are kept listed though nobody holds them
 SIZES_MAX: Final = 10_000  # mutable files whose size is remembered
@@ -81,6 +79,7 @@ class Workspace:
         client: Any,
         root: DirectoryCap,
         spool: Spool,
+        journal: Journal,
         disk: DiskTier | None,
         options: WorkspaceOptions,
     ) -> None:
@@ -88,20 +87,22 @@ class Workspace:
         self._client = client
         self._spool = spool
         self._options = options
-        self._encoding = FileEncoding(k, happy, n, client.node.convergence if options.convergent else None)
+        self.encoding = FileEncoding(k, happy, n, client.node.convergence if options.convergent else None)
         self._disk = disk
         self._connectivity = Connectivity(client.broker, k)
         memory_bytes = min(options.memory_bytes, options.cache_bytes)
         self._blocks = BlockCache(nursery, memory_bytes, disk, self._connectivity)
         self._kept = Kept(client, disk, self._connectivity)
         self._prefetcher = Prefetcher(nursery, client, self._blocks)
-        self._journal = Journal(PENDING_CHANGES_MAX)
+        self._journal = journal
         self._table: WeakValueDictionary[Cap, Directory] = WeakValueDictionary()
         self._listed: LRUCache[Cap, Directory] = LRUCache(LISTED_ENTRIES_MAX, getsizeof=lambda d: 1 + len(d.base))
         self._sizes: TTLCache[bytes, int] = TTLCache(SIZES_MAX, options.poll_s, timer=trio.current_time)
         self._read_errors: deque[tuple[float, str, str]] = deque(maxlen=ERRORS_MAX)
         self._committer = Committer(nursery, client, spool, self._journal, self._table, options)
         self._drained = False
+        self._replayed_upto = 0  # the last position of a process before this one
+        nursery.start_soon(journal.run)
         nursery.start_soon(self._committer.run)
         nursery.start_soon(self._connectivity.run, self._committer.retry_now)
         if disk is not None:
@@ -119,6 +120,16 @@ class Workspace:
     def offline(self) -> bool:
         """The grid does not answer: what is cached can be read, what is written waits, all else fails at once."""
         return self._connectivity.offline
+
+    @property
+    def durable(self) -> bool:
+        """Does what was done survive the end of this process?"""
+        return self._journal.durable
+
+    @property
+    def replaying(self) -> bool:
+        """Is something on its way that a process before this one was told to do?"""
+        return not self._journal.settled(self._replayed_upto)
 
     # --- directories
 
@@ -220,8 +231,8 @@ class Workspace:
         b_position = _moved_position(a_dir, a_name, position)
         new_a, old_a = a_dir.put(a_name, b.target, b.metadata, a_position, time.time())
         new_b, old_b = b_dir.put(b_name, a.target, a.metadata, b_position, time.time())
-        new_a.after.add(new_b)
-        new_b.after.add(new_a)
+        new_a.wait_for([new_b])
+        new_b.wait_for([new_a])
         self._committer.enqueue(new_a)
         self._committer.enqueue(new_b)
         for old, new in ((old_a, new_b), (old_b, new_a)):
@@ -277,7 +288,7 @@ class Workspace:
         """To write: empty, or what `base` has (only its first `keep` bytes), fetched only where it is needed."""
         contents = None if base is None or keep == 0 else await self.open_contents(base)
         try:
-            return WritableContents(self._spool, self._encoding, self._options.spool_wait_s, contents, keep)
+            return WritableContents(self._spool, self.encoding, self._options.spool_wait_s, contents, keep)
         except BaseException:
             if contents is not None:
                 contents.close()
@@ -287,7 +298,7 @@ class Workspace:
         """To read, as it is now: later changes are not seen. Raises WrongKindError for what is no file."""
         if isinstance(target, PendingFile):
             if target.sealed is not None:
-                return target.sealed.open()
+                return await self._open_sealed(target.sealed)
             if target.cap is None:
                 raise NoSuchChildError(target.name)
             target = target.cap
@@ -297,11 +308,19 @@ class Workspace:
             raise WrongKindError("not a file that can be read")
         local = self._local(target)
         if local is not None:
-            return local.open()
+            return await self._open_sealed(local)
         snapshot = await self._kept.open_file(target)
         if target.is_mutable:
             self._sizes[target.storage_index] = snapshot.size
-        return SnapshotContents(snapshot, self._blocks)
+        return SnapshotContents(target, snapshot, self._blocks)
+
+    async def _open_sealed(self, sealed: SealedFile) -> Contents:
+        sealed.retain()  # it may be stored, and let go, while it is checked
+        try:
+            await sealed.check()
+            return sealed.open()
+        finally:
+            sealed.release()
 
     def is_prefetchable(self, target: Target) -> bool:
         """Would `prefetch` of this file fetch anything? Those on the grid only, and small."""
@@ -354,7 +373,7 @@ class Workspace:
         sealed = await contents.seal(complete=True)  # the version it is based on may soon be gone
         position = self._journal.begin()
         self._sizes[cap.storage_index] = sealed.size
-        self._committer.replacements.add(cap.storage_index, Replacement(cap, sealed, position))
+        self._committer.replacements.add(Replacement(cap, sealed, position))
         return position
 
     async def size_of(self, target: Target) -> int:
@@ -390,10 +409,59 @@ class Workspace:
         if scope.cancelled_caught:
             raise PeerTimeoutError(f"{len(self._journal)} changes are not on the grid after {timeout_s:g} s")
 
+    async def persist(self, *, flush: bool = False) -> None:
+        """Return once all up to now survives the end of this process, or (`flush`) a power cut too.
+
+        Raises SpoolFullError, OSError when the local disk does not take it; it goes on being tried, and is on its way
+        to the grid in any case.
+        """
+        await (self._journal.flush() if flush else self._journal.persist())
+
     async def drain(self, *, timeout_s: float | None = None) -> None:
         """Wait for everything; after that nothing can be changed any more."""
         await self.wait(timeout_s=timeout_s)
         self._drained = True
+
+    def resume(self, restored: Restored) -> None:
+        """Go on with what a process before this one had not brought to the grid. Before anybody else is let in."""
+        self._replayed_upto = restored.position
+        self._journal.position = max(self._journal.position, restored.position)
+        self._journal.last_id = max(self._journal.last_id, restored.last_id)
+        for cap, directory in restored.directories.items():
+            if cap == self.root.cap:
+                self.root = directory
+            self._table[cap] = directory
+        for file in restored.files:
+            self._journal.record(file)
+        self._journal.forget(restored.stale)
+        for change in restored.changes:
+            self._committer.enqueue(change)
+        for replacement in restored.replacements:
+            self._committer.replacements.add(replacement)
+        self._note_lost(restored)
+
+    def adopt(self, restored: Restored) -> None:
+        """The same for what another mount of this directory left: as if it had all been done now, by somebody else."""
+        for change in restored.changes:
+            cap = change.directory.cap
+            home = change.directory if cap is None else self.directory(cap)
+            name = change.name
+            if home is not change.directory and home.changes.get(name) is not None:
+                if change.kind is not Kind.LINK:
+                    self._committer.discard(change)
+                    continue
+                name = self._committer.conflict_name(home, name, change.when)
+            change.move(home, name, self._journal.begin())
+            self._committer.enqueue(change)
+        for replacement in restored.replacements:
+            replacement.position = self._journal.begin()
+            self._committer.replacements.add(replacement)
+        self._replayed_upto = self._journal.position
+        self._note_lost(restored)
+
+    def _note_lost(self, restored: Restored) -> None:
+        for lost in restored.lost:
+            self.note_error("the journal", FormatError(f"could not be restored: {lost}"))
 
     def note_error(self, path: str, error: Exception) -> None:
         """A read failed for good, say: let status show it."""
@@ -421,7 +489,7 @@ class Workspace:
                     "unsent_bytes": file.unsent_bytes,
                     "stage": file.stage,
                     "shares_placed": file.progress.shares_placed if file.progress is not None else 0,
-                    "shares_total": self._encoding.n,
+                    "shares_total": self.encoding.n,
                 }
                 for file in shown
             ],
@@ -429,6 +497,7 @@ class Workspace:
                 "pushed_bytes": uploads.meter.total,
                 "pushed_bytes_per_s": round(uploads.meter.rate(trio.current_time())),
             },
+            "replaying": self.replaying,
             "journal": {"bytes": self._spool.used_bytes, "limit": self._spool.limit_bytes},
             "cache": {
                 "bytes": self._disk.used_bytes if self._disk is not None else self._blocks.held_bytes,
@@ -441,42 +510,6 @@ class Workspace:
             "conflicts": committer.conflicts,
             "errors": [{"when": when, "path": path, "message": message} for when, path, message in errors],
         }
-
-
-@asynccontextmanager
-async def open_workspace(
-    client: Any,
-    root: Cap,
-    *,
-    state_dir: Path,
-    options: WorkspaceOptions | None = None,
-    disk: DiskTier | None = None,
-) -> AsyncIterator[Workspace]:
-    """A workspace over the directory `root`, for as long as the context lasts. Needs no grid to open.
-
-    `disk`: from `open_disk`, which outlives this; None: cached in memory only.
-
-    Leaving it throws away what is not on the grid: `drain` first. Raises WrongKindError when `root` is no directory,
-    NodeDirectoryError when `state_dir` cannot be used.
-    """
-    options = options or WorkspaceOptions()
-    if not isinstance(root, DirectoryCap) or root.is_verifier:
-        raise WrongKindError("only a directory can be mounted")
-    spool = Spool.open(state_dir, limit_bytes=options.journal_bytes, keep_bytes=options.keep_bytes)
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            try:
-                yield Workspace(nursery, client, root, spool, disk, options)
-            except trio.Cancelled:
-                raise
-            except BaseException as error:  # noqa: BLE001  raised again below, not in a group
-                failure = error
-            nursery.cancel_scope.cancel()
-    finally:
-        spool.close()
-    if failure is not None:
-        raise failure
 
 
 def _existing(directory: Directory, name: str) -> Entry:

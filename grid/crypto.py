@@ -1,5 +1,6 @@
 """All cryptography but hashing: AES-CTR, RSA and Ed25519 signatures, tub identities. The only importer of cryptography.
 
+    AES-256-GCM   what we keep for ourselves on a local disk: nonce 12 bytes, ciphertext, tag 16 bytes
     AES-128-CTR   the counter block is the whole 16 bytes, big-endian, from zero: every use has a key of its own
     RSA           2048 bits; private key PKCS#8 DER, public key SubjectPublicKeyInfo DER;
                   RSASSA-PSS with SHA-256, MGF1-SHA256 and 32 bytes of salt
@@ -19,10 +20,11 @@ from typing import Final, Self
 
 from attrs import field, frozen
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from grid.errors import FormatError
 
@@ -75,6 +77,28 @@ class AESCTRStream:
     def update_into(self, data: bytes | bytearray | memoryview, buffer: bytearray | memoryview) -> int:
         """Write the result to the front of `buffer`, which is at least as long; returns its length."""
         return self._context.update_into(data, buffer)
+
+
+# --- what is sealed ----------------------------------------------------------------------------------------
+
+SEALING_KEY_BYTES: Final = 32
+NONCE_BYTES: Final = 12
+
+
+def seal(key: bytes, nonce: bytes, data: bytes, context: bytes) -> bytes:
+    """Encrypt and authenticate `data`; `context` must be the same to open it.
+
+    The nonce (12 bytes) is used once with this key; random ones do for 2^32 times.
+    """
+    return nonce + AESGCM(key).encrypt(nonce, data, context)
+
+
+def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes:
+    """Raises FormatError when it was not sealed with this key and context, or was changed since."""
+    try:
+        return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
+    except (InvalidTag, ValueError):
+        raise FormatError("this was sealed with another key, or damaged since") from None
 
 
 # --- RSA ----------------------------------------------------------------------------------------------------

@@ -99,8 +99,9 @@ async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[
             convergent=options.convergence == "node",
             read_only=options.read_only,
         )
-        state_dir = (options.cache_dir or node.path) / "tahoefs"
-        async with open_disk(state_dir / "cache", options.cache_size) as disk:
+        state_dir = node.path / "tahoefs"
+        cache_dir = (options.cache_dir or node.path) / "tahoefs" / "cache"
+        async with open_disk(cache_dir, options.cache_size) as disk:
             root = await _find_root(client, config, disk)
             async with open_workspace(client, root, state_dir=state_dir, options=settings, disk=disk) as workspace:
                 with trio.fail_after(ROOT_TIMEOUT_S):

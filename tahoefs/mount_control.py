@@ -56,7 +56,7 @@ class MountControl:
     @property
     def durable(self) -> bool:
         """Does what is not sent outlive this process?"""
-        return bool(getattr(self._workspace, "durable", False))
+        return self._workspace.durable
 
     def status(self) -> dict[str, Any]:
         servers = self._client.broker.get_known_servers()
@@ -69,8 +69,15 @@ class MountControl:
             "durable": self.durable,
             "servers": {"connected": sum(each.connected for each in servers), "known": len(servers)},
             **self._workspace.status(),
-            "state": "offline" if self.state == "online" and self._workspace.offline else self.state,
+            "state": self._shown_state(),
         }
+
+    def _shown_state(self) -> str:
+        if self.state != "online":
+            return self.state
+        if self._workspace.offline:
+            return "offline"
+        return "replaying" if self._workspace.replaying else "online"
 
     async def _answer_status(self, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return self.status()

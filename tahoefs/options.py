@@ -53,7 +53,7 @@ class MountOptions:
     umask: int | None = None  # bits; None: that of the mounting process
     cache_dir: Path | None = None
     cache_size: int = 5 << 30  # bytes of verified ciphertext kept on the local disk
-    journal_size: int = 10 << 30  # bytes waiting to be sent, on the local disk
+    journal_size: int | None = None  # bytes waiting to be sent; None: 10 GiB, or half of the free disk
     durability: str = "journal"
     mutable: str = "none"
     poll_s: float = 5.0  # how stale another writer's change may be

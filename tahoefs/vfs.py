@@ -71,4 +71,4 @@ class VFS(NameOperations):
 
     async def fsyncdir(self, number: int) -> None:
         self.directory_handle(number)
-        await self.settle(None)
+        await self.settle(None, flush=True)

@@ -248,8 +248,12 @@ class VFSCore:
         if not self.can_change(folder):
             raise self.refuse()
 
-    async def settle(self, position: Position | None) -> None:
-        """With `durability=grid`, return once `position` is on the grid. Called without any lock."""
+    async def settle(self, position: Position | None, *, flush: bool = False) -> None:
+        """Return once what was done is in the journal (`flush`: and on the disk). Called without any lock.
+
+        With `durability=grid`: once `position` is on the grid.
+        """
+        await self.workspace.persist(flush=flush)
         if self.options.durability == "grid":
             with trio.fail_after(GRID_WAIT_TIMEOUT_S):
                 await self.workspace.wait(position)

@@ -139,10 +139,11 @@ class FileOperations(AttributeOperations):
         opened = self._use(inode)
         try:
             await self._truncate(opened, size)
-            if not opened.writers:
-                await self.store(inode)
+            position = None if opened.writers else await self.store(inode)
         finally:
             self._let_go(inode, opened)
+        if position is not None:
+            await self.settle(position)
 
     async def _truncate(self, opened: OpenFile, size: int) -> None:
         await opened.truncate(size)
@@ -167,7 +168,7 @@ class FileOperations(AttributeOperations):
 
     async def fsync(self, number: int) -> None:
         opened = self.file_handle(number).opened
-        await self.settle(await self.store(opened.inode))
+        await self.settle(await self.store(opened.inode), flush=True)
         self._report_failed_upload(opened.inode)
 
     async def release(self, number: int) -> None:
@@ -177,8 +178,8 @@ class FileOperations(AttributeOperations):
         opened = handle.opened
         opened.writers -= handle.writes
         try:
-            if opened.writers == 0:
-                await self.store(opened.inode)
+            if opened.writers == 0 and await self.store(opened.inode) is not None:
+                await self.workspace.persist()
         finally:
             self._let_go(opened.inode, opened)
 

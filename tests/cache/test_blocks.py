@@ -20,8 +20,10 @@ from cache.readahead import WINDOW_BYTES_MAX, ReadAhead
 from cache.snapshots import SnapshotContents
 from grid.crypto import aes_ctr
 from grid.errors import NotEnoughSharesError
+from grid.formats.caps import LiteralCap
 
 KEY = bytes(range(16))
+CAP = LiteralCap(b"")  # of no consequence
 
 
 class Snapshot:
@@ -77,7 +79,7 @@ def test_any_range_reads_right(segment_size: int, cache_bytes: int, ranges: list
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             blocks = BlockCache(nursery, cache_bytes)
-            contents = SnapshotContents(Snapshot(DATA, segment_size), blocks)
+            contents = SnapshotContents(CAP, Snapshot(DATA, segment_size), blocks)
             for offset, length in ranges:
                 assert await contents.read(offset, length) == DATA[offset : offset + length]
                 assert blocks.held_bytes <= cache_bytes
@@ -90,7 +92,7 @@ async def test_one_fetch_however_many_readers(nursery: trio.Nursery) -> None:
     snapshot = Snapshot(DATA, 1000)
     snapshot.gate = trio.Event()
     blocks = BlockCache(nursery, 1 << 20)
-    files = [SnapshotContents(snapshot, blocks) for _ in range(5)]
+    files = [SnapshotContents(CAP, snapshot, blocks) for _ in range(5)]
     found: list[bytes] = []
 
     async def read(contents: SnapshotContents, scope: trio.CancelScope) -> None:
@@ -113,7 +115,7 @@ async def test_one_fetch_however_many_readers(nursery: trio.Nursery) -> None:
 async def test_a_fetch_nobody_wants_is_cancelled(nursery: trio.Nursery) -> None:
     snapshot = Snapshot(DATA, 1000)
     snapshot.gate = trio.Event()
-    contents = SnapshotContents(snapshot, BlockCache(nursery, 1 << 20))
+    contents = SnapshotContents(CAP, snapshot, BlockCache(nursery, 1 << 20))
     with trio.CancelScope() as scope:
         nursery.start_soon(lambda: _cancel_when_blocked(scope))
         await contents.read(0, 10)
@@ -130,7 +132,7 @@ async def _cancel_when_blocked(scope: trio.CancelScope) -> None:
 
 async def test_a_failed_fetch_is_forgotten(nursery: trio.Nursery) -> None:
     snapshot = Snapshot(DATA, 1000)
-    contents = SnapshotContents(snapshot, BlockCache(nursery, 1 << 20))
+    contents = SnapshotContents(CAP, snapshot, BlockCache(nursery, 1 << 20))
     snapshot.error = NotEnoughSharesError(3, 1)
     with pytest.raises(NotEnoughSharesError):
         await contents.read(0, 10)
@@ -140,7 +142,7 @@ async def test_a_failed_fetch_is_forgotten(nursery: trio.Nursery) -> None:
 
 async def test_read_ahead_fetches_what_comes_next_and_stops_with_its_file(nursery: trio.Nursery) -> None:
     snapshot = Snapshot(DATA, 1000)
-    contents = SnapshotContents(snapshot, BlockCache(nursery, 1 << 20))
+    contents = SnapshotContents(CAP, snapshot, BlockCache(nursery, 1 << 20))
     await contents.read(0, 400)
     await wait_all_tasks_blocked()
     assert snapshot.fetched == [0]  # looking at a file's beginning costs no more
@@ -161,7 +163,7 @@ async def test_read_ahead_fetches_what_comes_next_and_stops_with_its_file(nurser
 async def test_random_reads_touch_only_what_they_need(nursery: trio.Nursery) -> None:
     data = bytes(4 << 20)
     snapshot = Snapshot(data, 1000)
-    contents = SnapshotContents(snapshot, BlockCache(nursery, 1 << 20))
+    contents = SnapshotContents(CAP, snapshot, BlockCache(nursery, 1 << 20))
     for number in (4000, 17, 2500, 900):
         await contents.read(number * 1000, 10)
     await wait_all_tasks_blocked()
@@ -226,17 +228,17 @@ async def test_what_was_read_is_on_the_disk(tmp_path: Path, part: tuple[int, int
     """Also of a file of which only some segments in the middle were read."""
     offset, length = part
     async with _disk(tmp_path) as disk:
-        contents = SnapshotContents(Snapshot(DATA, 1000), BlockCache(nursery, 5000, disk))
+        contents = SnapshotContents(CAP, Snapshot(DATA, 1000), BlockCache(nursery, 5000, disk))
         assert await contents.read(offset, length) == DATA[offset : offset + length]
-        again = SnapshotContents(Unreachable(DATA, 1000), BlockCache(nursery, 5000, disk))
+        again = SnapshotContents(CAP, Unreachable(DATA, 1000), BlockCache(nursery, 5000, disk))
         assert await again.read(offset, length) == DATA[offset : offset + length]  # perhaps not written yet
     async with _disk(tmp_path) as disk:
         blocks = BlockCache(nursery, 5000, disk)
-        again = SnapshotContents(Unreachable(DATA, 1000), blocks)
+        again = SnapshotContents(CAP, Unreachable(DATA, 1000), blocks)
         assert await again.read(offset, length) == DATA[offset : offset + length]
         assert blocks.misses == 0 and blocks.hits == -(-length // 1000)
         with pytest.raises(NotEnoughSharesError):
-            await SnapshotContents(Other(DATA, 1000, b"two"), blocks).read(0, 10)
+            await SnapshotContents(CAP, Other(DATA, 1000, b"two"), blocks).read(0, 10)
 
 
 class Other(Unreachable):

@@ -15,6 +15,7 @@ from cache.contents import CHAIN_MAX, FILE_BYTES_MAX, FileTooLargeError, Writabl
 from cache.convergence import FileEncoding
 from cache.layers import BytesContents
 from cache.sealed import SealedFile, SpoolUploadable
+from cache.spans import Spans
 from cache.spool import Spool, SpoolFullError
 from grid.errors import NotEnoughSharesError
 from grid.formats.hashutil import convergence_hasher
@@ -59,7 +60,8 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_spool(state_dir: Path, limit: int = 1 << 30) -> Spool:
-    return Spool.open(state_dir, limit_bytes=limit, keep_bytes=0)
+    state_dir.mkdir(exist_ok=True)
+    return Spool(state_dir, limit_bytes=limit, keep_bytes=0)
 
 
 def expected_key(data: bytes, encoding: FileEncoding = ENCODING) -> bytes:
@@ -92,38 +94,35 @@ def test_writing_is_like_a_bytearray(
 ) -> None:
     async def run() -> None:
         spool = open_spool(state_dir)
-        try:
-            under = None if base is None else Base(base)
-            contents = WritableContents(spool, ENCODING, 1, under, keep)
-            model = bytearray(base or b"")[:keep]
-            for what, number, data in todo:
-                if what == "write":
-                    await contents.write(number, data)
-                    model.extend(bytes(max(0, number + len(data) - len(model))))
-                    model[number : number + len(data)] = data
-                elif what == "append":
-                    await contents.write(contents.size, memoryview(data))
-                    model += data
-                elif what == "truncate":
-                    await contents.truncate(number)
-                    model = model[:number] + bytes(max(0, number - len(model)))
-                else:
-                    assert await contents.read(number, 70) == model[number : number + 70]
-                assert contents.size == len(model)
-            assert await contents.read(0, len(model) + 9) == model
-            sealed = await contents.seal()
-            contents.close()
-            reader = sealed.open()
-            assert await reader.read(0, sealed.size) == model
-            key, data = await upload(sealed, spool)
-            assert data == model and key == expected_key(data)
-            assert under is None or under.closed
-            sealed.release()
-            assert await reader.read(0, len(model)) == model  # outlives its owner
-            reader.close()
-            assert spool.used_bytes == 0
-        finally:
-            spool.close()
+        under = None if base is None else Base(base)
+        contents = WritableContents(spool, ENCODING, 1, under, keep)
+        model = bytearray(base or b"")[:keep]
+        for what, number, data in todo:
+            if what == "write":
+                await contents.write(number, data)
+                model.extend(bytes(max(0, number + len(data) - len(model))))
+                model[number : number + len(data)] = data
+            elif what == "append":
+                await contents.write(contents.size, memoryview(data))
+                model += data
+            elif what == "truncate":
+                await contents.truncate(number)
+                model = model[:number] + bytes(max(0, number - len(model)))
+            else:
+                assert await contents.read(number, 70) == model[number : number + 70]
+            assert contents.size == len(model)
+        assert await contents.read(0, len(model) + 9) == model
+        sealed = await contents.seal()
+        contents.close()
+        reader = sealed.open()
+        assert await reader.read(0, sealed.size) == model
+        key, data = await upload(sealed, spool)
+        assert data == model and key == expected_key(data)
+        assert under is None or under.closed
+        sealed.release()
+        assert await reader.read(0, len(model)) == model  # outlives its owner
+        reader.close()
+        assert spool.used_bytes == 0
 
     trio.run(run)
 
@@ -144,7 +143,6 @@ async def test_only_what_is_needed_is_fetched(state_dir: Path) -> None:
     assert base.asked == [(0, 100), (900, 50)]
     assert sealed.complete
     sealed.release()
-    spool.close()
 
 
 async def test_a_huge_truncate_costs_nothing(state_dir: Path) -> None:
@@ -160,7 +158,6 @@ async def test_a_huge_truncate_costs_nothing(state_dir: Path) -> None:
             await impossible
     contents.close()
     assert spool.used_bytes == 0
-    spool.close()
 
 
 async def test_a_failed_seal_leaves_the_contents_open(state_dir: Path) -> None:
@@ -180,7 +177,6 @@ async def test_a_failed_seal_leaves_the_contents_open(state_dir: Path) -> None:
         await contents.read(0, 1)
     assert (await upload(sealed, spool))[1] == b"x" * 10 + b"y" + b"x" * 489 + b"z"
     sealed.release()
-    spool.close()
 
 
 async def test_sealed_files_laid_over_each_other_do_not_pile_up(state_dir: Path) -> None:
@@ -198,7 +194,6 @@ async def test_sealed_files_laid_over_each_other_do_not_pile_up(state_dir: Path)
     assert base is not None and await base.read(0, 1000) == expected
     base.close()
     assert spool.used_bytes == 0
-    spool.close()
 
 
 def files_under(folder: Path) -> list[Path]:
@@ -213,7 +208,6 @@ async def test_the_disk_shows_no_plaintext(state_dir: Path) -> None:
     assert [path.stat().st_size for path in files] == [len(MARKER) * 100]
     assert all(MARKER not in path.read_bytes() and path.stat().st_mode & 0o777 == 0o600 for path in files)
     contents.close()
-    spool.close()
 
 
 async def test_a_writer_waits_for_room(state_dir: Path) -> None:
@@ -230,25 +224,21 @@ async def test_a_writer_waits_for_room(state_dir: Path) -> None:
         first.close()
     assert second.size == 50 and spool.used_bytes == 50
     second.close()
-    spool.close()
 
 
-async def test_what_a_dead_process_left_is_removed_and_a_living_one_s_is_not(tmp_path: Path) -> None:
-    alive = open_spool(tmp_path)
-    dead = tmp_path / "spool" / "12345-dead"
-    dead.mkdir()
-    (dead / "lock").touch()
-    (dead / "1").write_bytes(b"left over")
-    contents = WritableContents(alive, ENCODING, 1)
-    await contents.write(0, b"in use")
-    another = open_spool(tmp_path)
-    assert not dead.exists()
-    assert len(list((tmp_path / "spool").iterdir())) == 2
-    assert await contents.read(0, 10) == b"in use"
-    contents.close()
-    another.close()
-    alive.close()
-    assert list((tmp_path / "spool").iterdir()) == []
+async def test_what_nobody_knows_is_swept(state_dir: Path) -> None:
+    """A file that was open when its process died: its key is gone."""
+    before = open_spool(state_dir)
+    kept, lost = before.create(), before.create()
+    kept.write(0, b"sealed")
+    after = open_spool(state_dir)
+    again = after.restore(kept.number, kept.key, Spans([(0, 6)]))
+    after.sweep({kept.number})
+    assert [path.name for path in files_under(state_dir)] == [str(kept.number)]
+    assert not (state_dir / str(lost.number)).exists()
+    assert again.open().read(0, 6) == b"sealed" and after.used_bytes == 6
+    assert after.create().number > lost.number
+    again.shut()
 
 
 async def test_large_reads_and_random_keys(state_dir: Path) -> None:
@@ -267,4 +257,3 @@ async def test_large_reads_and_random_keys(state_dir: Path) -> None:
         assert await sealed.encryption_key() == keys[-1]
         sealed.release()
     assert keys[0] != keys[1]
-    spool.close()

@@ -172,7 +172,8 @@ def test_order_of_a_rename_across_directories() -> None:
     assert removal is not None and removal.kind is Kind.REMOVE
     assert may_go(link) and not may_go(removal) and link.waiting == {removal}
     moved, _ = dst.put("c", lit(b"1"), {}, 2, 1.0)  # the new name is renamed again
-    link.done, link.moved_to = True, moved
+    assert link.hand_on(moved) == [removal]
+    link.done = True
     assert not may_go(removal) and moved.waiting == {removal}
     moved.done = True
     assert may_go(removal)
@@ -197,9 +198,9 @@ def test_circles_are_cut() -> None:
     one, two = directory(a=b"1"), directory(b=b"2")
     a, _ = one.put("a", lit(b"2"), {}, 1, 1.0)
     b, _ = two.put("b", lit(b"1"), {}, 1, 1.0)
-    a.after.add(b)
-    b.after.add(a)
+    a.wait_for([b])
+    b.wait_for([a])
     assert may_go(a) and may_go(b)
     here, _ = one.put("x", lit(b"1"), {}, 2, 1.0)
-    here.after.add(a)
+    here.wait_for([a])
     assert may_go(here)

@@ -360,9 +360,9 @@ async def test_leaving_leaves_nothing_behind(tmp_path: Path) -> None:
         await put(workspace, made, "file", DATA * 1000)
         with trio.move_on_after(0.02):
             await workspace.wait()
-        spool = tmp_path / "state" / "spool"
-        assert [path.stat().st_mode & 0o777 for path in (spool, *spool.iterdir())] == [0o700, 0o700]
-    assert list((tmp_path / "state" / "spool").iterdir()) == []
+        await workspace.unlink(workspace.root, "d")
+    left = [path for path in (tmp_path / "state" / "journal").rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ["lock"]
 
 
 async def test_what_cannot_be_changed(tmp_path: Path) -> None:

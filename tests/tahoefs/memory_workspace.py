@@ -250,6 +250,9 @@ class MemoryWorkspace:
         await self._called("size_of")
         return self._pages(target).size
 
+    async def persist(self, *, flush: bool = False) -> None:
+        await self._called("persist")
+
     async def wait(self, position: int | None = None, /, *, timeout_s: float | None = None) -> None:
         await self._called("wait")
 
