@@ -10,7 +10,7 @@ Source: Tahoe-LAFS 1.20's block, share and ciphertext hash trees. The number of 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from grid.errors import FormatError
@@ -111,6 +111,20 @@ def split_by_change(leaf_count: int, changed: Sequence[int]) -> tuple[list[int],
         middle = (start + stop) // 2
         unseen += ((2 * node + 1, start, middle), (2 * node + 2, middle, stop))
     return sorted(kept), sorted(replaced)
+
+
+def runs_of(nodes: Iterable[int], near: int = 1) -> Iterator[tuple[int, int]]:
+    """(first, count) of neighbours among `nodes` (ascending); gaps of less than `near` nodes are run over."""
+    first = last = -1
+    for node in nodes:
+        if last >= 0 and node - last > near:
+            yield first, last - first + 1
+            first = node
+        elif last < 0:
+            first = node
+        last = node
+    if last >= 0:
+        yield first, last - first + 1
 
 
 def rehash(leaf_count: int, leaves: Mapping[int, bytes], kept: Mapping[int, bytes]) -> dict[int, bytes]:

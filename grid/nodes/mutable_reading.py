@@ -28,6 +28,7 @@ from grid.operations.slot_share import ShareReplacedError, ShareVerifier
 log = logging.getLogger(__name__)
 
 READ_TRIES: Final = 4  # when versions are replaced while we read them
+DOWNLOAD_SEGMENTS: Final = 8  # of a download to a target, in memory at a time
 
 MutableCap = SDMFWriteCap | SDMFReadCap | MDMFWriteCap | MDMFReadCap
 T = TypeVar("T")
@@ -132,16 +133,21 @@ class MutableFileReader:
         return await self.use_best_version(lambda version: version.read_all())
 
     async def download(self, target: IDownloadTarget) -> Any:
-        """The whole contents; a mutable file that is replaced meanwhile is never mixed with the new version."""
+        """The whole contents of one version, DOWNLOAD_SEGMENTS in memory. Raises NotEnoughSharesError, as well when the
+        file is replaced after the first of them were written: versions are never mixed.
+        """
         with trio.CancelScope() as scope:
             target.register_canceller(scope.cancel)
             try:
-                data = await self.download_to_data()
+                version, data = await self.use_best_version(_begin)
+                target.open(version.size)
+                await target.write(data)
+                for first in range(DOWNLOAD_SEGMENTS, version.num_segments, DOWNLOAD_SEGMENTS):
+                    segments = range(first, min(first + DOWNLOAD_SEGMENTS, version.num_segments))
+                    await target.write(await version.read_segments(segments))
             except GridError as error:
                 target.fail(error)
                 raise
-            target.open(len(data))
-            await target.write(data)
             target.close()
         return None if scope.cancelled_caught else target.finish()
 
@@ -192,6 +198,10 @@ class MutableFileReader:
     async def check(self) -> CheckResults:
         """As IChecker.check."""
         return await check_cap(self._access.broker, self._cap)
+
+
+async def _begin(version: MutableVersion) -> tuple[MutableVersion, bytes]:
+    return version, await version.read_segments(range(min(DOWNLOAD_SEGMENTS, version.num_segments)))
 
 
 def raced(error: GridError) -> bool:

@@ -17,31 +17,32 @@ Tahoe-LAFS 1.20 reads and writes whole trees, always right after the data; it do
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import trio
 from attrs import field, frozen
 
 from grid.errors import CorruptShareError, FormatError, NotEnoughSharesError, PeerError, ShareError
-from grid.formats.chk_share import pack_hashes, unpack_hashes, unpack_share_hashes
+from grid.formats.chk_share import pack_hashes, unpack_share_hashes
 from grid.formats.hashtree import (
     IncompleteHashTree,
     build_tree,
     needed_hashes,
     rehash,
+    runs_of,
     split_by_change,
     tree_size,
 )
 from grid.formats.hashutil import HASH_BYTES, empty_leaf_hash
 from grid.formats.mdmf_share import MDMF_DATA_OFFSET, mdmf_data_end, mdmf_signed_prefix, pack_mdmf_head
-from grid.formats.mutable_share import MutableHeader, Range, parse_header
+from grid.formats.mutable_share import MutableHeader, parse_header
 from grid.formats.segments import Segmentation, div_ceil
 from grid.operations.changes import Changes, Step
 from grid.operations.keys import MutableKeys
 from grid.operations.lanes import in_lanes
 from grid.operations.mutable_encode import CodedSegment, RandomBytes, Writes, code_segments
-from grid.operations.retrieve import MutableVersion
+from grid.operations.retrieve import MutableVersion, tree_nodes, tree_ranges
 from grid.operations.servermap import BadShare, report_corrupt
 from grid.operations.slot_share import FoundShare
 from grid.operations.worker import run_cpu_work
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 TREE_TIMEOUT_S: Final = 15.0  # for one share's tree nodes
 TREE_STRAGGLER_S: Final = 3.0  # for the next one, once those of k shares are here
 GROWTH_PARTS: Final = 8  # a file that grows gets room for an eighth of its segments before its trees
-_NEAR_NODES: Final = 32  # nodes so close to each other are read together
 
 
 @frozen
@@ -245,24 +245,10 @@ def _assemble(
         for segment, made in coded.items():
             offset, _ = header.salt_and_block_range(segment)
             patches[number].append((offset, b"".join((made.salt, made.blocks[number]))))
-        for first, count in _runs(sorted(nodes)):
+        for first, count in runs_of(sorted(nodes)):
             run = pack_hashes([nodes[node] for node in range(first, first + count)])
             patches[number].append((tree_at + HASH_BYTES * first, run))
     return PatchedVersion(header, old, patches)
-
-
-def _runs(nodes: Sequence[int], near: int = 1) -> Iterator[tuple[int, int]]:
-    """(first, count) of neighbours, over gaps of less than `near` too."""
-    first = last = -1
-    for node in nodes:
-        if last >= 0 and node - last <= near:
-            last = node
-            continue
-        if last >= 0:
-            yield first, last - first + 1
-        first = last = node
-    if last >= 0:
-        yield first, last - first + 1
 
 
 # --- reading what is to be known of the trees
@@ -322,17 +308,9 @@ async def _read_tree(
 ) -> dict[int, bytes]:
     """Raises CorruptShareError, PeerError."""
     header = share.header
-    tree_at, _ = header.block_hash_tree_range
-    runs = list(_runs(nodes, _NEAR_NODES))
-    parts: list[Range] = [header.offsets.share_hash_chain]
-    parts += [(tree_at + HASH_BYTES * first, HASH_BYTES * count) for first, count in runs]
-    chain, *read = await share.read(parts)
-    hashes = {
-        first + index: node_hash
-        for (first, _), data in zip(runs, read, strict=True)
-        for index, node_hash in enumerate(unpack_hashes(data))
-    }
-    known = {node: hashes[node] for node in nodes}
+    ranges = tree_ranges(header, nodes)
+    chain, *found = await share.read([header.offsets.share_hash_chain, *ranges])
+    known = tree_nodes(header, nodes, ranges, found)
 
     def prove() -> None:
         if len(known) > 1:

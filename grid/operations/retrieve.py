@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 import trio
@@ -37,8 +37,8 @@ from grid.errors import (
     ShareError,
 )
 from grid.formats import hashutil
-from grid.formats.chk_share import unpack_share_hashes
-from grid.formats.hashtree import IncompleteHashTree, needed_hashes
+from grid.formats.chk_share import unpack_hashes, unpack_share_hashes
+from grid.formats.hashtree import IncompleteHashTree, needed_hashes, runs_of
 from grid.formats.hashutil import HASH_BYTES
 from grid.formats.mutable_share import MutableHeader, Range
 from grid.formats.segments import div_ceil
@@ -54,6 +54,7 @@ LANE_TIMEOUT_S: Final = 15.0  # for one call to one server
 CHUNK_BYTES: Final = 1 << 20  # of a long block, asked for in one call
 CHUNKS_IN_FLIGHT: Final = 4  # per share
 WHOLE_TREE_BYTES: Final = 16 << 10  # a block hash tree up to this size is fetched at once
+NEAR_NODES: Final = 32  # of a larger one: nodes so close to each other are read together
 SEGMENTS_IN_FLIGHT: Final = 4  # when a whole MDMF file is read
 
 CACHE_TAG: Final = b"tahoefs_mutable_cache_v1"
@@ -161,10 +162,14 @@ class MutableVersion:
     async def read_start(self, size: int) -> bytes:
         """The first `size` bytes of it, or all if it has fewer. Raises NotEnoughSharesError."""
         count = min(div_ceil(size, self.header.segment_size), self.num_segments) if self.size else 0
-        if count <= 1:
-            return (await self.read_segment(0))[:size] if count else b""
-        found = await in_lanes(SEGMENTS_IN_FLIGHT, range(count), self.read_segment)
-        return b"".join(found[number] for number in range(count))[:size]
+        return (await self.read_segments(range(count)))[:size]
+
+    async def read_segments(self, numbers: Sequence[int]) -> bytes:
+        """The plaintext of several segments, joined. Raises NotEnoughSharesError."""
+        if len(numbers) == 1:
+            return await self.read_segment(numbers[0])
+        found = await in_lanes(SEGMENTS_IN_FLIGHT, numbers, self.read_segment)
+        return b"".join(found[number] for number in numbers)
 
     async def read_segment(self, number: int) -> bytes:
         """One segment's plaintext. Raises NotEnoughSharesError."""
@@ -268,19 +273,13 @@ class MutableVersion:
         """Salt and verified block. Raises CorruptShareError, PeerError."""
         share, header = lane.share, self.header
         nodes = self._nodes_to_read(share.number, segment)
-        offsets = header.offsets
         parts = [header.salt_and_block_range(segment)]
         if share.number not in self._block_trees:
-            parts.append(offsets.share_hash_chain)
-        tree_at = offsets.block_hash_tree[0]
-        parts += [(tree_at + HASH_BYTES * start, HASH_BYTES * count) for start, count in nodes]
-        data, *rest = await self._read_parts(lane, parts)
-        chain = rest.pop(0) if len(rest) > len(nodes) else None
-        hashes: dict[int, bytes] = {}
-        for (start, _), run in zip(nodes, rest, strict=True):
-            hashes.update(
-                (start + i, run[i * HASH_BYTES : (i + 1) * HASH_BYTES]) for i in range(len(run) // HASH_BYTES)
-            )
+            parts.append(header.offsets.share_hash_chain)
+        ranges = tree_ranges(header, nodes)
+        data, *rest = await self._read_parts(lane, [*parts, *ranges])
+        chain = rest.pop(0) if len(rest) > len(ranges) else None
+        hashes = tree_nodes(header, nodes, ranges, rest)
         try:
             salt, block = header.split_salt_and_block(segment, data)
             leaf = await run_cpu_work(lambda: _leaf(header, salt, block), len(block))
@@ -289,16 +288,14 @@ class MutableVersion:
             raise share.corrupt(str(error)) from None
         return salt, block
 
-    def _nodes_to_read(self, number: int, segment: int) -> list[tuple[int, int]]:
-        """Runs (first, count) of block tree nodes; with the root, if the share's tree is not known yet."""
+    def _nodes_to_read(self, number: int, segment: int) -> Sequence[int]:
+        """Block tree nodes, ascending; with the root, if the share's tree is not known yet."""
         tree = self._block_trees.get(number)
         if tree is not None:
-            wanted = sorted(tree.needed_hashes(segment))
-        elif self.header.block_hash_tree_range[1] <= WHOLE_TREE_BYTES:
-            return [(0, self.header.block_hash_tree_range[1] // HASH_BYTES)]
-        else:
-            wanted = sorted({0, *needed_hashes(self.num_segments, segment)})
-        return [(node, 1) for node in wanted]
+            return sorted(tree.needed_hashes(segment))
+        if self.header.block_hash_tree_range[1] <= WHOLE_TREE_BYTES:
+            return range(self.header.block_hash_tree_range[1] // HASH_BYTES)
+        return sorted({0, *needed_hashes(self.num_segments, segment)})
 
     def _verify(self, number: int, segment: int, leaf: bytes, hashes: dict[int, bytes], chain: bytes | None) -> None:
         """Raises FormatError unless the block's hash leads to the root hash. Remembers the hashes if it does."""
@@ -337,6 +334,25 @@ class MutableVersion:
 
 def _leaf(header: MutableHeader, salt: bytes, block: memoryview) -> bytes:
     return hashutil.block_hash(block) if header.format == "sdmf" else hashutil.salted_block_hash(salt, block)
+
+
+def tree_ranges(header: MutableHeader, nodes: Sequence[int]) -> list[Range]:
+    """Where these nodes (ascending) of a share's block hash tree stand; near ones are read together."""
+    tree_at = header.offsets.block_hash_tree[0]
+    return [(tree_at + HASH_BYTES * first, HASH_BYTES * count) for first, count in runs_of(nodes, NEAR_NODES)]
+
+
+def tree_nodes(
+    header: MutableHeader, nodes: Sequence[int], ranges: Sequence[Range], found: Sequence[bytes]
+) -> dict[int, bytes]:
+    """{node: hash} of what was read at `tree_ranges`."""
+    tree_at = header.offsets.block_hash_tree[0]
+    hashes = {
+        (offset - tree_at) // HASH_BYTES + index: node_hash
+        for (offset, _), data in zip(ranges, found, strict=True)
+        for index, node_hash in enumerate(unpack_hashes(data))
+    }
+    return {node: hashes[node] for node in nodes}
 
 
 def version_of(header: MutableHeader) -> bytes:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grid.formats.hashtree import BadHashError, IncompleteHashTree, build_tree, needed_hashes, tree_size
+from grid.formats.hashtree import (
+    BadHashError,
+    IncompleteHashTree,
+    build_tree,
+    needed_hashes,
+    rehash,
+    runs_of,
+    split_by_change,
+    tree_size,
+)
 from grid.formats.hashutil import tagged_hash
 from tests.vectors import name_of, section
 
@@ -128,3 +138,30 @@ def test_no_such_leaf() -> None:
     for leaf in (-1, 3):
         with pytest.raises(ValueError, match="no leaf"):
             needed_hashes(3, leaf)
+
+
+@given(st.integers(1, 40), st.data())
+def test_changed_leaves_need_no_more_than_what_stays(count: int, data: st.DataObject) -> None:
+    """The nodes named cover the tree, prove themselves against the old root, and give the new one."""
+    old = build_tree(_leaves(count))
+    width = (len(old) + 1) // 2
+    changed = sorted(data.draw(st.sets(st.integers(0, width - 1), max_size=width)))
+    kept, replaced = split_by_change(count, changed)
+    partial = IncompleteHashTree(count, old[0])
+    partial.set_hashes({node: old[node] for node in (*kept, *replaced)})
+    new_leaves = {leaf: tagged_hash(b"new", b"%d" % leaf) for leaf in changed}
+    array = [new_leaves.get(leaf, old[width - 1 + leaf]) for leaf in range(width)]
+    expected = build_tree(array)
+    fresh = rehash(count, new_leaves, {node: old[node] for node in kept})
+    assert {node: expected[node] for node in fresh} == fresh
+    assert {node for node in range(len(old)) if expected[node] != old[node]} <= set(fresh)
+    assert len(kept) + len(replaced) <= max(1, 2 * len(changed)) * width.bit_length()
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(1, 5))
+def test_runs_cover_the_nodes_and_little_else(nodes: set[int], near: int) -> None:
+    runs = list(runs_of(sorted(nodes), near))
+    covered = [node for first, count in runs for node in range(first, first + count)]
+    assert set(covered) >= nodes and covered == sorted(set(covered))
+    assert all({first, first + count - 1} <= nodes for first, count in runs)
+    assert all(second - (first + count - 1) > near for (first, count), (second, _) in pairwise(runs))

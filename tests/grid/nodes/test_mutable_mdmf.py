@@ -10,11 +10,12 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grid.errors import NotEnoughServersError, UncoordinatedWriteError
+from grid.errors import NotEnoughServersError, NotEnoughSharesError, UncoordinatedWriteError
 from grid.formats.mutable_share import parse_header
 from grid.nodes.mutable import MutableFileNode
 from grid.operations import changes as changes_module
 from grid.operations.changes import Changes
+from tests.grid.nodes.test_mutable import Target
 from tests.grid.operations import mutable_grid as grid
 from tests.memory_server import MemoryBroker
 
@@ -228,6 +229,33 @@ async def test_a_small_read_fetches_a_segment(large: tuple[MemoryBroker, bytearr
     assert moved(broker)[0] < 6 * 4000 + 3 * (BLOCK + 2000 + 32 * 127)
 
 
+async def test_a_download_goes_by_pieces(large: tuple[MemoryBroker, bytearray]) -> None:
+    broker, model = large
+    target = Target()
+    assert await grid.mdmf_node(broker).download(target) == "finished"
+    size, *pieces, closed = target.told
+    assert (size, closed) == (len(model), "closed") and b"".join(pieces) == model  # type: ignore[arg-type]
+    assert max(map(len, pieces)) == 8 * SEGMENT  # type: ignore[arg-type]
+
+
+async def test_a_download_never_mixes_versions(large: tuple[MemoryBroker, bytearray]) -> None:
+    broker, model = large
+    node = grid.mdmf_node(broker)
+
+    class Interrupted(Target):
+        async def write(self, data: bytes | memoryview) -> None:
+            await super().write(data)
+            if len(self.told) == 3:
+                await grid.mdmf_node(broker).write_at(20 * SEGMENT, b"another version")
+
+    target = Interrupted()
+    with pytest.raises(NotEnoughSharesError):
+        await node.download(target)
+    assert target.told[-1] is NotEnoughSharesError
+    pieces = [piece for piece in target.told if isinstance(piece, bytes)]
+    assert model.startswith(b"".join(pieces))
+
+
 async def test_deep_trees_are_read_and_written_by_paths() -> None:
     """As many segments as 1 GiB has: a change takes a path of each tree, not the half megabyte it has."""
     count = 8192
@@ -241,7 +269,10 @@ async def test_deep_trees_are_read_and_written_by_paths() -> None:
         read, written = moved(broker)
         assert read < 4 * 4000 + 2 * 3000 + 4 * 8 * 32 * 32
         assert written < 4 * (HEAD + 20 + 32 * 14)
+    moved(broker)
     version = await node.get_best_version()
+    assert await version.read_segment(5000) == data[10_000:10_002]
+    assert moved(broker)[0] < 4 * 4000 + 2 * (200 + 8 * 32 * 32)  # as a read of 4 KiB in a file of 1 GiB
     assert [(await version.read_segment(segment))[0] for segment in (0, 4096)] == [ord("!")] * 2
     assert await version.read_segment(1) == data[2:4]
 
