@@ -10,8 +10,9 @@ Closing a connection aborts nothing: an upload left behind blocks its share for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
@@ -19,7 +20,7 @@ import trio
 from grid.errors import ConnectionLostError, FormatError, PeerError, RemoteFailure, RemoteProtocolError
 from grid.peers import deadlines
 from grid.peers.giving_back import GivingBack
-from grid.peers.http_pool import ConnectionPool
+from grid.peers.http_pool import ConnectionPool, all_of
 from grid.transports.http import ERROR_BYTES_MAX, Answer
 from grid.wire import gbs, gbs_bodies
 from grid.wire.gbs import Secret
@@ -116,16 +117,27 @@ class Uploads:
     async def _abort(self, storage_index: bytes, number: int, secret: bytes, done: trio.Event) -> None:
         try:
             with suppress(PeerError):
-                await self.pool.request(
-                    b"PUT",
-                    gbs.path("immutable", storage_index, number, "abort"),
-                    gbs.secret_headers({Secret.UPLOAD: secret}),
-                    answer_bytes_max=ERROR_BYTES_MAX,
-                    timeout_s=deadlines.CLOSE_TIMEOUT_S,
-                    what="abort",
-                )
+                await self._ask_to_abort(storage_index, number, secret)
         finally:
             done.set()
+
+    async def _ask_to_abort(self, storage_index: bytes, number: int, secret: bytes) -> bool:
+        """Whether there was an upload under this secret."""
+        answer = await self.pool.request(
+            b"PUT",
+            gbs.path("immutable", storage_index, number, "abort"),
+            gbs.secret_headers({Secret.UPLOAD: secret}),
+            answer_bytes_max=ERROR_BYTES_MAX,
+            timeout_s=deadlines.CLOSE_TIMEOUT_S,
+            what="abort",
+        )
+        return answer.status == 200
+
+    async def take_back(self, storage_index: bytes, numbers: Iterable[int], secret: bytes) -> bool:
+        """Abort what was begun under this secret and is nobody's now; whether there was any. Raises PeerError."""
+        mine = {writer.identity for writer in self._open}
+        left = [number for number in numbers if (storage_index, number, secret) not in mine]
+        return any(await all_of([partial(self._ask_to_abort, storage_index, number, secret) for number in left]))
 
     def refuse(self) -> None:
         """From now on nothing is sent in the background."""

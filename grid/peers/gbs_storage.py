@@ -11,7 +11,6 @@ there, which another writer may come between: see `slot_readv`.
 from __future__ import annotations
 
 import logging
-import secrets as random_secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -21,6 +20,7 @@ from attrs import frozen
 
 from grid.errors import ConnectionLostError, FormatError, PeerError, PeerTimeoutError, RemoteFailure
 from grid.formats.announcement import Announcement
+from grid.formats.hashutil import tagged_hash
 from grid.interfaces import IBucketReader, IBucketWriter, LeaseSecrets, SlotSecrets, SlotWrite
 from grid.peers import deadlines
 from grid.peers.announced import AnnouncedServer
@@ -43,6 +43,7 @@ from grid.wire.gbs import Nurl, Secret
 log = logging.getLogger(__name__)
 
 UPLOAD_SECRET_BYTES: Final = 20
+_UPLOAD_SECRET_TAG: Final = b"tahoefs_upload_secret_v1"
 PING_S: Final = 40.0  # servers close a connection after 60 s without a request
 ONE_READ_BYTES_MAX: Final = 128 << 10  # ranges that lie within so many bytes are read as one
 SLOT_ANSWER_BYTES: Final = 64 << 10  # what an answer to read-test-write has beside the data
@@ -198,9 +199,36 @@ class GBSStorageServer(AnnouncedServer[_Connection]):
     async def allocate_buckets(
         self, storage_index: bytes, lease: LeaseSecrets, share_numbers: frozenset[int], allocated_size: int
     ) -> tuple[frozenset[int], dict[int, IBucketWriter]]:
+        """Shares that an upload of ours left behind are taken over: one that was killed, or could not say so in time.
+
+        A server would keep them for half an hour. It tells them by the upload secret, which is therefore always the
+        same for one share of one node directory.
+        """
         await self._connected().uploads.wait_until_given_back(storage_index)
         uploads = self._connected().uploads
-        secret = random_secrets.token_bytes(UPLOAD_SECRET_BYTES)
+        secret = tagged_hash(_UPLOAD_SECRET_TAG, lease.renew + lease.cancel)[:UPLOAD_SECRET_BYTES]
+        already, allocated = await self._allocate(uploads, storage_index, lease, secret, share_numbers, allocated_size)
+        refused = share_numbers - already - allocated
+        if refused and await uploads.take_back(storage_index, refused, secret):
+            more = await self._allocate(uploads, storage_index, lease, secret, refused, allocated_size)
+            already, allocated = already | more[0], allocated | more[1]
+        for number in allocated - share_numbers:
+            uploads.give_back(storage_index, number, secret)
+        return already, {
+            number: uploads.writer(storage_index, number, secret, allocated_size)
+            for number in allocated & share_numbers
+        }
+
+    async def _allocate(
+        self,
+        uploads: Uploads,
+        storage_index: bytes,
+        lease: LeaseSecrets,
+        secret: bytes,
+        share_numbers: frozenset[int],
+        allocated_size: int,
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """(shares that are there, those that may be written now)."""
         try:
             answer = await uploads.pool.request(
                 b"POST",
@@ -217,19 +245,13 @@ class GBSStorageServer(AnnouncedServer[_Connection]):
             )
             if answer.status != 200:
                 raise failure(answer, "allocate")
-            already, allocated = cbor_answer(answer, gbs_bodies.read_allocate_answer)
+            return cbor_answer(answer, gbs_bodies.read_allocate_answer)
         except BaseException as error:
             if not isinstance(error, RemoteFailure):
                 # The server may have allocated them, and would keep others from uploading them for half an hour.
                 for number in share_numbers:
                     uploads.give_back(storage_index, number, secret)
             raise
-        for number in allocated - share_numbers:
-            uploads.give_back(storage_index, number, secret)
-        return already, {
-            number: uploads.writer(storage_index, number, secret, allocated_size)
-            for number in allocated & share_numbers
-        }
 
     async def get_buckets(self, storage_index: bytes) -> dict[int, IBucketReader]:
         pool = self._connected().pool

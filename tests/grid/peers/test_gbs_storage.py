@@ -292,6 +292,21 @@ async def test_leaving_the_grid_gives_back_what_is_unfinished(tmp_path: Path) ->
         assert peer.service.uploads_in_progress == 0
 
 
+async def test_an_upload_of_ours_that_was_left_behind_is_taken_over(tmp_path: Path) -> None:
+    """A client that was killed gave nothing back. A stranger's upload of the same share stays."""
+    async with gbs_peer(tmp_path, listen=True) as peer, client_of(peer.announcement()) as killed:
+        writer = await writer_of(killed, 10)
+        await writer.write(0, b"half")
+        async with client_of(peer.announcement()) as again:
+            stranger = LeaseSecrets(b"R" * 32, b"C" * 32)
+            assert await again.allocate_buckets(SI, stranger, frozenset({0}), 10) == (frozenset(), {})
+            writer = await writer_of(again, 10)
+            assert await again.allocate_buckets(SI, LEASE, frozenset({0}), 10) == (frozenset(), {}), "it is in use"
+            await writer.write(0, b"0123456789")
+            await writer.close()
+            assert await again.get_buckets(SI)
+
+
 # --- answers that are not right -----------------------------------------------------------------------------
 
 
