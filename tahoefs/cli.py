@@ -29,6 +29,8 @@ COMMANDS: Final = {
     "create-alias": "make a directory on the grid and name it",
     "add-alias": "name an existing directory cap",
     "list-aliases": "the names known to a node directory",
+    "ln": "link an existing cap under a name",
+    "clone": "an instant copy of a file or tree",
     "cap": "what a cap is; which cap a local file has",
 }
 

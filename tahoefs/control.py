@@ -22,7 +22,7 @@ from tahoefs.failures import leaf_error
 
 log = logging.getLogger(__name__)
 
-REQUEST_BYTES_MAX: Final = 64 << 10
+REQUEST_BYTES_MAX: Final = 256 << 10  # a literal directory's cap can be long, and so can metadata
 REQUEST_TIMEOUT_S: Final = 10.0
 SEND_TIMEOUT_S: Final = 10.0
 CONNECTIONS_MAX: Final = 32

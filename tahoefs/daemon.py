@@ -119,9 +119,9 @@ async def _serve(
     show: Show,
 ) -> None:
     where = Path(config.mountpoint)
-    control = MountControl(config, client, workspace)
     k, _, n = client.node.encoding
     vfs = VFS(workspace, options=options, free_bytes=lambda: grid_free_bytes(client.broker.get_known_servers(), k, n))
+    control = MountControl(config, client, workspace, vfs)
     with registered(Path(config.node_dir), where) as socket_path:
         async with trio.open_nursery() as services:
             await services.start(serve_control, socket_path, control.commands())

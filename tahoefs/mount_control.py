@@ -3,8 +3,12 @@
     status    one object, see README.md
     sync      returns when all that was written before is on the grid; tells how much is left meanwhile
     detach    stop sending: what is left stays in the journal, for the next mount
+    link      {"from": place, "to": place}, see `link_requests.py`
+    clone     the same
+    entry     {"from": place}: what stands there, once it is on the grid: {"cap", "metadata", "name"}
 
-Each is a coroutine of (request, progress), see `control.py` for the socket.
+Each is a coroutine of (request, progress), see `control.py` for the socket. Who can connect may see caps: it is who
+mounted it.
 """
 
 from __future__ import annotations
@@ -23,8 +27,11 @@ from cache import Workspace
 from grid.errors import GridError
 from tahoefs.control import Command, Progress
 from tahoefs.errnos import exit_code_of
+from tahoefs.link_requests import LinkRequests
 from tahoefs.mount_config import MountConfig
 from tahoefs.progress import in_words
+from tahoefs.targets import cap_of
+from tahoefs.vfs import VFS
 
 SYNC_STALL_S: Final = 120.0  # a sync in which nothing at all gets any further for so long has failed
 PROGRESS_INTERVAL_S: Final = 0.5
@@ -42,16 +49,24 @@ class UnsentError(Exception):
 class MountControl:
     """One mount's answers. `state` is what `status` shows; `detached` is set when somebody asked for that."""
 
-    def __init__(self, config: MountConfig, client: grid.GridClient, workspace: Workspace) -> None:
+    def __init__(self, config: MountConfig, client: grid.GridClient, workspace: Workspace, vfs: VFS) -> None:
         self.state = "online"
         self.detached = trio.Event()
         self._config = config
         self._client = client
         self._workspace = workspace
+        self._links = LinkRequests(vfs)
         self._started = time.time()
 
     def commands(self) -> dict[str, Command]:
-        return {"status": self._answer_status, "sync": self._answer_sync, "detach": self._answer_detach}
+        return {
+            "status": self._answer_status,
+            "sync": self._answer_sync,
+            "detach": self._answer_detach,
+            "link": self._answer_link,
+            "clone": self._answer_clone,
+            "entry": self._answer_entry,
+        }
 
     @property
     def durable(self) -> bool:
@@ -97,6 +112,21 @@ class MountControl:
             raise self.unsent("not sent yet, and would be lost: {}; leave out --no-wait")
         self.detached.set()
         return pending
+
+    async def _answer_link(self, request: dict[str, Any], progress: Progress) -> None:
+        await self._links.link(request["from"], request["to"])
+
+    async def _answer_clone(self, request: dict[str, Any], progress: Progress) -> None:
+        await self._links.clone(request["from"], request["to"], progress)
+
+    async def _answer_entry(self, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        await self._links.find(request["from"])  # stores what is open there
+        await self._answer_sync(request, progress)
+        found = await self._links.find(request["from"])
+        cap = cap_of(found.target)
+        if cap is None:
+            raise self.unsent("not on the grid: {}; it changed again meanwhile")
+        return {"cap": str(cap), "metadata": dict(found.metadata), "name": found.name}
 
     def unsent(self, text: str, exit_code: int = 1) -> UnsentError:
         """With what is pending in the place of `{}` in `text`."""

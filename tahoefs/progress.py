@@ -66,6 +66,14 @@ class Progress:
         text = f"{self.verb} [{'#' * round(done * BAR_CHARS):<{BAR_CHARS}}] {in_words(state)} left"
         if rate > 0 and left:
             text += f", {human_bytes(rate)}/s, {human_time(left / rate)}"
+        self._draw(text)
+
+    def steps(self, state: dict[str, Any]) -> None:
+        """Show that `done` of so many `names` are done."""
+        if sys.stderr.isatty():
+            self._draw(f"{self.verb} {state['done']} of {state['names']}")
+
+    def _draw(self, text: str) -> None:
         sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
         sys.stderr.flush()
         self._drawn = True

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 
 def mount_id(mountpoint: Path) -> str:
@@ -63,15 +64,21 @@ def find_socket(mountpoint: Path) -> Path | None:
     return link.resolve() if link.is_symlink() and link.exists() else None
 
 
-def find_mount(path: str | Path) -> tuple[Path, Path] | None:
-    """(mount point, control socket of its daemon) of the mount that `path` is in, or None.
+class FoundMount(NamedTuple):
+    mountpoint: Path
+    socket: Path
+    inside: tuple[str, ...]  # names from the mount point to the path that was asked for
+
+
+def find_mount(path: str | Path) -> FoundMount | None:
+    """The mount that `path` is in, or None.
 
     A link to somewhere inside is followed only if the path as it is written leads to no mount.
     """
     for resolved in (absolute(path), Path(path).resolve()):
         for folder in (resolved, *resolved.parents):
             if (socket := find_socket(folder)) is not None:
-                return folder, socket
+                return FoundMount(folder, socket, resolved.relative_to(folder).parts)
     return None
 
 

@@ -54,7 +54,7 @@ def _ask(mountpoint: Path | None) -> dict[str, Any]:
         found = find_mount(mountpoint)
         if found is None:
             raise UserError(f"{mountpoint}: not in a tahoefs mount of yours")
-        one: dict[str, Any] = ask(found[1], {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)
+        one: dict[str, Any] = ask(found.socket, {"command": "status"}, timeout_s=ANSWER_TIMEOUT_S)
         return one
     mounts = []
     for socket in all_sockets():

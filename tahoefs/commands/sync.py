@@ -29,7 +29,7 @@ def command(path: Path, timeout_s: float | None) -> None:
     with Progress("sending") as progress:
         request = {"command": "sync", "timeout_s": timeout_s}
         try:
-            ask(found[1], request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.pending)
+            ask(found.socket, request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.pending)
         except KeyboardInterrupt:
             left = in_words(progress.last) if progress.last else "what is left"
             raise UserError(f"{path}: no longer waiting; {left} goes on being sent", 130) from None

@@ -22,11 +22,14 @@ import trio
 from attrs import define
 
 from cache import Workspace
+from grid.formats.caps import LiteralCap
 from tahoefs.control import serve_control
 from tahoefs.mount_config import MountConfig
 from tahoefs.mount_control import MountControl
+from tahoefs.options import MountOptions
 from tahoefs.progress import Progress, human_bytes, human_time, in_words
 from tahoefs.registry import find_mount, registered
+from tahoefs.vfs import VFS
 from tests.cache.memory_client import MemoryClient, mounted, put
 from tests.grid.peers.loopback import until
 
@@ -68,7 +71,7 @@ async def running_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asy
     where.mkdir()
     config = MountConfig(str(tmp_path / "node"), "", (), "home:", str(where))
     async with mounted(tmp_path) as (client, workspace), trio.open_nursery() as nursery:
-        control = MountControl(config, client, workspace)  # type: ignore[arg-type]
+        control = MountControl(config, client, workspace, VFS(workspace, options=MountOptions()))  # type: ignore[arg-type]
 
         async def serve(*, task_status: trio.TaskStatus[None]) -> None:
             with registered(tmp_path / "node", where) as socket:
@@ -120,10 +123,15 @@ async def test_a_mount_is_found_from_inside_and_through_links(daemon: Daemon, tm
     (daemon.where / "below").mkdir()
     (tmp_path / "link").symlink_to(daemon.where / "below")
     (daemon.where / "out").symlink_to("/")
-    socket = find_mount(daemon.where)
-    assert socket is not None and socket[0] == daemon.where
-    for path in (daemon.where / "below", daemon.where / "not" / "there", tmp_path / "link", daemon.where / "out"):
-        assert find_mount(path) == socket
+    found = find_mount(daemon.where)
+    assert found is not None and (found.mountpoint, found.inside) == (daemon.where, ())
+    for path, inside in (
+        (daemon.where / "below", ("below",)),
+        (daemon.where / "not" / "there", ("not", "there")),
+        (tmp_path / "link", ("below",)),
+        (daemon.where / "out", ("out",)),
+    ):
+        assert find_mount(path) == (daemon.where, found.socket, inside)
     assert find_mount(tmp_path) is None and find_mount("/") is None
 
 
@@ -239,6 +247,39 @@ async def test_umount_without_waiting_leaves_the_rest_in_the_journal(
     assert ended.stdout.decode() == (
         f"{tmp_path}/folder: unmounted; left for the next mount to send: 1 file (4 KiB), 1 directory\n"
     )
+
+
+async def test_ln_and_clone_in_a_mount(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "cap").write_text(f"{LiteralCap(b'hello')}\n")
+    for arguments in (
+        ("ln", f"@{tmp_path}/cap", "one"),
+        ("clone", "one", "two"),
+        ("clone", "./two", f"{daemon.where}/3"),
+    ):
+        done = await daemon.run(*arguments, cwd=daemon.where)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = await daemon.run("ln", "-", daemon.where / "4", stdin=str(LiteralCap(b"four")).encode())
+    assert done.returncode == 0
+    root = daemon.workspace.root
+    assert {name: entry.target.data for name, entry in root.entries().items()} == {
+        "one": b"hello",
+        "two": b"hello",
+        "3": b"hello",
+        "4": b"four",
+    }
+    for arguments, code, said in (
+        (("clone", "one", "two"), 1, "two: File exists"),
+        (("clone", "nothing", "new"), 1, "nothing: no child named 'nothing'"),
+        (("ln", f"@{tmp_path}/missing", "new"), 2, "cannot read a cap"),
+        (("ln", "URI:CHK:nonsense", "new"), 4, "the cap is garbled"),
+        (("ln", f"@{tmp_path}/cap", "new/below"), 1, "new/below: no child named 'new'"),
+        (("clone", "one", tmp_path / "outside"), 1, "neither in a tahoefs mount of yours nor alias:path"),
+        (("ln", f"@{tmp_path}/cap", "."), 1, ".: Is a directory"),
+    ):
+        done = await daemon.run(*arguments, cwd=daemon.where)
+        line = done.stderr.decode().splitlines()[-1]
+        assert (done.returncode, line.startswith("tahoefs: "), said in line) == (code, True, True), line
+        assert b"nonsense" not in done.stderr
 
 
 def test_words_and_numbers() -> None:
