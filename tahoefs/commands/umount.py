@@ -25,7 +25,7 @@ INTERRUPTED: Final = 130  # exit code
 
 @click.command("umount", short_help="send what is unsent, then unmount")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--no-wait", is_flag=True, help="Unmount at once; what is unsent is sent by the next mount.")
+@click.option("--no-wait", is_flag=True, help="Unmount at once; the next mount sends what is unsent.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), help="Give up after so many seconds.")
 def command(mountpoint: Path, no_wait: bool, timeout_s: float | None) -> None:
     """Send what is unsent to the grid, then unmount MOUNTPOINT. When it cannot be sent, it stays mounted.
