@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final, Protocol
 
 import trio
@@ -93,6 +94,7 @@ class Journal:
         self._flushing = trio.Lock()
         self._to_flush = trio.Event()
         self._failure: Exception | None = None  # of the last write
+        self._unchanged = False  # see `unchanged`
 
     def __len__(self) -> int:
         return len(self._outstanding)
@@ -156,6 +158,10 @@ class Journal:
         """It is new, has changed, or is gone: its row follows."""
         if self._store is None:
             return
+        if not self._unchanged:
+            self._unwritten[thing] = None
+            self._recorded += 1
+            self._to_flush.set()
         for part in thing.parts:
             if not part.id:
                 self.record(part)
@@ -166,9 +172,15 @@ class Journal:
                 self._unsynced[thing] = None
             else:
                 self._unsynced.pop(thing, None)
-        self._unwritten[thing] = None
-        self._recorded += 1
-        self._to_flush.set()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """What is recorded meanwhile has its row already: it comes from there."""
+        self._unchanged = True
+        try:
+            yield
+        finally:
+            self._unchanged = False
 
     def forget(self, ids: Iterable[int]) -> None:
         """Rows that nobody speaks for."""

@@ -105,6 +105,8 @@ class Replay:
                 if not file.gone:
                     found.files.append(file)
         used = {*self._changes, *(file.id for file in found.files), *(each.id for each in found.replacements)}
+        bases = [self._rows[number].get("base") or {} for number in used]
+        used.update(base["file"] for base in bases if "file" in base)
         found.stale = [number for number in self._rows if number not in used]
         if self._adopted is not None:
             self._forget_ids()

@@ -431,13 +431,14 @@ class Workspace:
             if cap == self.root.cap:
                 self.root = directory
             self._table[cap] = directory
-        for file in restored.files:
-            self._journal.record(file)
+        with self._journal.unchanged():
+            for file in restored.files:
+                self._journal.record(file)
+            for change in restored.changes:
+                self._committer.enqueue(change)
+            for replacement in restored.replacements:
+                self._committer.replacements.add(replacement)
         self._journal.forget(restored.stale)
-        for change in restored.changes:
-            self._committer.enqueue(change)
-        for replacement in restored.replacements:
-            self._committer.replacements.add(replacement)
         self._note_lost(restored)
 
     def adopt(self, restored: Restored) -> None:
