@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from grid.formats.caps import Cap, DirectoryCap, LiteralCap, UnknownCap, parse_cap, parse_known_cap
     from grid.formats.directory import DirEntry, normalize_name
+    from grid.measure import ping, speed_test
     from grid.node_directory import NodeDirectory, create_client_directory
     from grid.operations.changes import Changes
     from grid.operations.upload import DataUploadable, FileUploadable, Uploader, UploadResults, chk_cap_of
@@ -55,6 +56,7 @@ _HOMES: Final = {
     ),
     "grid.formats.caps": "Cap DirectoryCap LiteralCap UnknownCap parse_cap parse_known_cap",
     "grid.formats.directory": "DirEntry normalize_name",
+    "grid.measure": "ping speed_test",
     "grid.node_directory": "NodeDirectory create_client_directory",
     "grid.operations.changes": "Changes",
     "grid.operations.upload": "DataUploadable FileUploadable UploadResults Uploader chk_cap_of",
@@ -100,6 +102,8 @@ __all__ = [
     "normalize_name",
     "parse_cap",
     "parse_known_cap",
+    "ping",
+    "speed_test",
 ]
 
 

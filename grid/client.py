@@ -39,8 +39,18 @@ from grid.operations.leases import Secrets
 from grid.operations.upload import Uploader, UploadResults
 from grid.peers.broker import StorageBroker
 from grid.peers.helper import HelperClient
+from grid.stats import Metric
 
 SERVERS_TIMEOUT_S: Final = 30.0
+SERVERS_TOLD_MAX: Final = 200  # one by one, in statistics
+METRICS: Final = (
+    Metric("grid_servers", "gauge", "Storage servers that are known."),
+    Metric("grid_servers_connected", "gauge", "Storage servers that are connected."),
+    Metric("grid_space_bytes", "gauge", "Bytes the connected servers said they have left."),
+    Metric("grid_introducers_connected", "gauge", "Introducers that are connected."),
+    Metric("grid_helper_connected", "gauge", "Whether the upload helper is connected."),
+    Metric("grid_server_latency_seconds", "gauge", "Average seconds of a server's late small calls.", "server"),
+)
 
 
 class GridClient:
@@ -85,6 +95,23 @@ class GridClient:
 
     def slot_secrets(self, writekey: bytes, storage_index: bytes, server: IStorageServer) -> SlotSecrets:
         return self.secrets.slot(writekey, storage_index, server.tub_id)
+
+    def get_stats(self) -> Mapping[str, float]:
+        """IStatsProducer: the servers, as they are now."""
+        servers = self.broker.get_known_servers()
+        connected = [server for server in servers if server.connected]
+        told: dict[str, float] = {
+            "grid_servers": len(servers),
+            "grid_servers_connected": len(connected),
+            "grid_space_bytes": sum(server.available_space or 0 for server in connected),
+            "grid_introducers_connected": sum(each.connected_to_introducer() for each in self.broker.introducers),
+        }
+        if self.helper is not None:
+            told["grid_helper_connected"] = self.helper.connected
+        for server in connected[:SERVERS_TOLD_MAX]:
+            if (latency_s := getattr(server, "latency_s", None)) is not None:
+                told[f"grid_server_latency_seconds.{server.name}"] = latency_s
+        return told
 
     async def upload(self, uploadable: IUploadable, progress: IUploadProgress | None = None) -> UploadResults:
         """Store an immutable file, telling `progress` how far it is. Raises NotEnoughServersError."""

@@ -411,10 +411,10 @@ class IChecker(Protocol):
 
 
 class IStatsProducer(Protocol):
-    """A part that counts what it does. Later: statistics."""
+    """A part that tells what it has done and is at. See grid/stats.py."""
 
     def get_stats(self) -> Mapping[str, float]:
-        """Counters and gauges by name; no cap, path or file name in any of them. Later: statistics."""
+        """Counters and gauges by name; no cap, path or file name in any of them. Quick: it is asked often."""
 
 
 # --- the grid as a whole ------------------------------------------------------------------------------------

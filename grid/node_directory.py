@@ -37,6 +37,7 @@ from grid.node_files import (
     make_node_directory,
     parse_furl,
     read_introducers,
+    read_stats_gatherer,
     read_yaml,
     refuse_anonymity,
     secret_file,
@@ -99,6 +100,7 @@ class NodeDirectory:
     preferred: tuple[str, ...] = ()  # server ids
     grid_manager_keys: tuple[bytes, ...] = ()  # Ed25519 public keys, 32 bytes each
     helper: Furl | None = field(default=None, repr=False)  # who uploads for us
+    stats_gatherer: Furl | None = field(default=None, repr=False)  # where our statistics go
     force_foolscap: bool = False
     keepalive_s: float = KEEPALIVE_DEFAULT_S
 
@@ -131,6 +133,7 @@ class NodeDirectory:
             preferred=tuple(i for i in re.split(r"[,\s]+", config.text("client", "peers.preferred", "")) if i),
             grid_manager_keys=_grid_manager_keys(config),
             helper=_helper(config),
+            stats_gatherer=read_stats_gatherer(config),
             force_foolscap=config.boolean("client", "force_foolscap", False),
             keepalive_s=config.seconds("node", "timeout.keepalive", KEEPALIVE_DEFAULT_S),
         )

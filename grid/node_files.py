@@ -4,6 +4,7 @@
     tahoe-KIND.tac                its name tells `tahoe` what kind of node this is; its text is ours
     node.pubkey                   pub-v0-BASE32
     private/  (mode 0700)
+        node.pem                  certificate and key of the node's tub
         secret, convergence       BASE32 of 32 random bytes, LF
         node.privkey              priv-v0-BASE32, an Ed25519 seed
         introducers.yaml          introducers: {PETNAME: {furl: FURL}}
@@ -27,7 +28,7 @@ import yaml
 from attrs import frozen
 
 from grid.atomic_file import create_file
-from grid.crypto import SigningKey
+from grid.crypto import SigningKey, TubIdentity, load_tub_identity, make_tub_identity
 from grid.errors import FormatError, NodeDirectoryError
 from grid.formats import base32
 from grid.formats.furl import Furl
@@ -38,7 +39,7 @@ PETNAME_DEFAULT: Final = "default"
 FILE_BYTES_MAX: Final = 16 << 20
 INTRODUCERS_MAX: Final = 64
 
-Kind = Literal["client", "introducer"]  # a storage server is a client that serves
+Kind = Literal["client", "introducer", "stats-gatherer"]  # a storage server is a client that serves
 
 _TAC_TEXT: Final = """\
 # This file marks the directory as that of a Tahoe-LAFS {kind} node. Nothing reads its contents.
@@ -152,6 +153,29 @@ def read_node_key(path: Path) -> SigningKey:
     if not text.startswith(PRIVATE_KEY_PREFIX) or len(seed) != 32:
         raise NodeDirectoryError(f"{file} is damaged: it does not hold a key ({PRIVATE_KEY_PREFIX}…)")
     return SigningKey.from_seed(seed)
+
+
+def node_identity(file: Path) -> TubIdentity:
+    """The certificate and key in `private/node.pem`; made when missing. Raises OSError, NodeDirectoryError."""
+    pem = read_text(file)
+    if pem is None:
+        with contextlib.suppress(FileExistsError):
+            create_file(file, make_tub_identity().pem)
+        pem = read_text(file) or ""
+    try:
+        return load_tub_identity(pem.encode())
+    except FormatError:
+        raise NodeDirectoryError(f"{file} is damaged: it does not hold a certificate and its key") from None
+
+
+def read_stats_gatherer(config: Config) -> Furl | None:
+    """Where statistics go: `stats_gatherer.furl` in the node directory, or that key, which `tahoe` 1.20 refuses."""
+    file = config.path.parent / "stats_gatherer.furl"
+    if text := (read_text(file) or "").strip():
+        return parse_furl(text, str(file))
+    if text := config.text("client", "stats_gatherer.furl", "").strip():
+        return parse_furl(text, f"{config.path}: [client] stats_gatherer.furl")
+    return None
 
 
 def parse_furl(text: str, where: str) -> Furl:

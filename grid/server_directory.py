@@ -1,6 +1,7 @@
 """A server's node directory: which services `tahoefs run` finds in it, where they listen, and making new ones.
 
     tahoe-introducer.tac      makes the node an introducer; without it [storage] enabled decides (default: yes)
+    tahoe-stats-gatherer.tac  makes it a statistics gatherer
     my_nodeid                 the tub id
     client.port, introducer.port     where the tub listens, when tub.port does not say; allocated once
     permutation-seed          base32 text, announced as it stands; fixed when the node first starts
@@ -26,18 +27,20 @@ from typing import Final, NamedTuple, Self
 
 from attrs import field, frozen
 
-from grid.atomic_file import create_file, replace_file
-from grid.crypto import SigningKey, TubIdentity, load_tub_identity, make_tub_identity
-from grid.errors import FormatError, NodeDirectoryError
+from grid.atomic_file import replace_file
+from grid.crypto import SigningKey, TubIdentity
+from grid.errors import NodeDirectoryError
 from grid.formats import base32
 from grid.formats.furl import Furl
 from grid.node_files import (
     Config,
     checked_nickname,
     make_node_directory,
+    node_identity,
     parse_furl,
     read_introducers,
     read_node_key,
+    read_stats_gatherer,
     read_text,
     refuse_anonymity,
 )
@@ -96,8 +99,10 @@ class ServerDirectory:
     introducer: str | None = field(repr=False)  # the swissnum, if this is an introducer
     storage: StorageSettings | None
     helper: HelperSettings | None
+    gatherer: str | None = field(repr=False)  # the swissnum, if this is a statistics gatherer
     introducers: Mapping[str, Furl] = field(repr=False)  # where a storage server announces itself, by petname
     signing_key: SigningKey | None = field(repr=False)
+    stats_gatherer: Furl | None = field(default=None, repr=False)  # where our statistics go
     keepalive_s: float = KEEPALIVE_DEFAULT_S
 
     @classmethod
@@ -112,20 +117,25 @@ class ServerDirectory:
         config = Config.read(path / "tahoe.cfg")
         refuse_anonymity(config)
         is_introducer = (path / "tahoe-introducer.tac").exists()
-        has_storage = not is_introducer and config.boolean("storage", "enabled", True)
-        has_helper = not is_introducer and config.boolean("helper", "enabled", False)
-        if not (is_introducer or has_storage or has_helper):
+        is_gatherer = (path / "tahoe-stats-gatherer.tac").exists()
+        alone = is_introducer or is_gatherer
+        has_storage = not alone and config.boolean("storage", "enabled", True)
+        has_helper = not alone and config.boolean("helper", "enabled", False)
+        if not (alone or has_storage or has_helper):
             raise NodeDirectoryError(f"{path}: no service is enabled; see [storage] and [helper] in its tahoe.cfg")
         private = path / "private"
         try:
             private.mkdir(mode=0o700, exist_ok=True)
-            identity = _identity(private / "node.pem")
+            identity = node_identity(private / "node.pem")
             replace_file(path / "my_nodeid", f"{identity.tub_id}\n".encode(), mode=0o644)
-            endpoints = _endpoints(config, path / f"{'introducer' if is_introducer else 'client'}.port")
+            kind = "introducer" if is_introducer else "stats_gatherer" if is_gatherer else "client"
+            endpoints = _endpoints(config, path / f"{kind}.port")
             location = _location(config, endpoints)
-            swissnum, storage, helper, key = None, None, None, None
+            swissnum, gatherer, storage, helper, key = None, None, None, None, None
             if is_introducer:
                 swissnum = _swissnum(private / "introducer.furl", identity, location)
+            if is_gatherer:
+                gatherer = _swissnum(private / "stats_gatherer.furl", identity, location)
             if has_storage:
                 key = read_node_key(path)
                 furl_name = _swissnum(private / "storage.furl", identity, location)
@@ -144,16 +154,23 @@ class ServerDirectory:
             introducer=swissnum,
             storage=storage,
             helper=helper,
-            introducers={} if is_introducer else read_introducers(config, private / "introducers.yaml"),
+            gatherer=gatherer,
+            introducers={} if alone else read_introducers(config, private / "introducers.yaml"),
             signing_key=key,
+            stats_gatherer=read_stats_gatherer(config),
             keepalive_s=config.seconds("node", "timeout.keepalive", KEEPALIVE_DEFAULT_S),
         )
 
     @property
     def furl_file(self) -> Path:
         """Of the first service it has."""
-        service = "introducer" if self.introducer is not None else "storage" if self.storage is not None else "helper"
-        return self.path / "private" / f"{service}.furl"
+        services = {
+            "introducer": self.introducer,
+            "stats_gatherer": self.gatherer,
+            "storage": self.storage,
+            "helper": self.helper,
+        }
+        return self.path / "private" / f"{next(name for name, it in services.items() if it is not None)}.furl"
 
     def next_seqnum(self) -> int:
         """For one more announcement; kept, so that it is greater than all before. Raises NodeDirectoryError."""
@@ -180,6 +197,14 @@ def create_introducer_directory(
     make_node_directory(
         Path(path).expanduser().absolute(), "introducer", _node_text("introducer", nickname, port, location)
     )
+
+
+def create_gatherer_directory(
+    path: Path | str, *, nickname: str = "", port: str | None = None, location: str | None = None
+) -> None:
+    """Make a statistics gatherer's node directory. See create_introducer_directory."""
+    text = _node_text("stats-gatherer", nickname, port, location)
+    make_node_directory(Path(path).expanduser().absolute(), "stats-gatherer", text)
 
 
 def create_storage_directory(
@@ -292,18 +317,6 @@ def _own_addresses() -> list[str]:
 
 
 # --- who -------------------------------------------------------------------------------------------------------------
-
-
-def _identity(file: Path) -> TubIdentity:
-    pem = read_text(file)
-    if pem is None:
-        with contextlib.suppress(FileExistsError):
-            create_file(file, make_tub_identity().pem)
-        pem = read_text(file) or ""
-    try:
-        return load_tub_identity(pem.encode())
-    except FormatError:
-        raise NodeDirectoryError(f"{file} is damaged: it does not hold a certificate and its key") from None
 
 
 def _swissnum(file: Path, identity: TubIdentity, location: str) -> str:

@@ -3,7 +3,9 @@
     node directory → tub ─┬─ introducer                         Foolscap
                           ├─ storage ── shares on disk          Foolscap
                      port ┴─ storage ── the same                HTTP, unless force_foolscap
-                          └─ helper ── a client of the grid     Foolscap
+                          ├─ helper ── a client of the grid     Foolscap
+                          ├─ control ─ the same, on demand      Foolscap
+                          └─ statistics gatherer                Foolscap
                      publisher: announces the storage to every introducer, again after every reconnection
 
 `serve_node` runs one node until its `stop` is set: then no new connections are taken, requests that came are answered,
@@ -14,30 +16,44 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import trio
 from attrs import frozen
 
-from grid.client import join_grid
+from grid.atomic_file import replace_file
+from grid.client import METRICS as client_metrics
+from grid.client import GridClient, join_grid
+from grid.control import ControlClient
 from grid.crypto import SigningKey, spki_hash_of_certificate
 from grid.errors import NodeDirectoryError, PeerError
 from grid.formats.announcement import SERVICE_STORAGE, SignedAnnouncement, sign_announcement
 from grid.formats.base32 import b2a
 from grid.formats.furl import Furl
 from grid.node_directory import NodeDirectory
+from grid.operations import process
+from grid.operations.process import ProcessStats
 from grid.peers.reconnect import Reconnector, keep_connected
+from grid.peers.stats_gatherer import provide_stats
 from grid.server.errors import StorageError
 from grid.server.expirer import Expirer, ExpiryPolicy
 from grid.server.foolscap import FoolscapStorage
+from grid.server.gatherer import DATABASE, History, StatsGatherer
 from grid.server.gbs import GBSStorage
+from grid.server.helper import METRICS as helper_metrics
 from grid.server.helper import Helper
 from grid.server.helper_files import HelperFiles
+from grid.server.introducer import METRICS as introducer_metrics
 from grid.server.introducer import Introducer
 from grid.server.shares import ShareStore
+from grid.server.stats import METRICS as storage_metrics
+from grid.server.stats import StorageStats
 from grid.server.storage import StorageService
-from grid.server_directory import ServerDirectory
+from grid.server_directory import HelperSettings, ServerDirectory
+from grid.stats import Registry
 from grid.storage_settings import StorageSettings
 from grid.transports.listener import CombinedPort
 from grid.transports.tls import ServerTLS
@@ -61,6 +77,7 @@ class Serving:
     services: tuple[str, ...]
     ports: tuple[int, ...]
     published: trio.Event  # every introducer has our announcement; set at once when there is nothing to announce
+    registry: Registry  # of statistics
 
 
 async def serve_node(
@@ -68,56 +85,146 @@ async def serve_node(
 ) -> None:
     """Run a node's services until `stop` is set, then answer what is under way and return.
 
-    Raises NodeDirectoryError when a port is in use, or the storage directory cannot be had.
+    Raises NodeDirectoryError when a port is in use, or a directory cannot be had.
     """
-    tub = Tub(node.identity, keepalive_s=node.keepalive_s, location=node.location)
     async with trio.open_nursery() as nursery:
-        services: list[str] = []
-        store: ShareStore | None = None
-        port = CombinedPort(tub=tub)
+        services = _Services(node, nursery)
         published = trio.Event()
         try:
-            await nursery.start(tub.run)
-            if node.introducer is not None:
-                introducer = Introducer()
-                await nursery.start(introducer.run)
-                tub.register(introducer, node.introducer)
-                services.append("introducer")
-            if node.storage is not None:
-                store = _open_store(node, node.storage)
-                service = StorageService(store)
-                storage = FoolscapStorage(service)
-                for task in (service.run, storage.run, Expirer(service, _expiry(node.storage)).run):
-                    await nursery.start(task)
-                tub.register(storage, node.storage.swissnum)
-                services.append("storage")
-                if node.storage.http:
-                    handler = GBSStorage(service, node.storage.swissnum)
-                    port = CombinedPort(tub=tub, handler=handler, tls=ServerTLS(node.identity))
-            helper: Helper | None = None
-            if node.helper is not None:
-                helper = await nursery.start(_run_helper, node)
-                tub.register(helper, node.helper.swissnum)
-                services.append("helper")
+            await services.start()
+            port = services.port
             async with trio.open_nursery() as listening:
                 ports = tuple([await listening.start(_listen, port, node, *endpoint) for endpoint in node.endpoints])
                 if node.storage is not None and node.introducers:
                     nursery.start_soon(_publish_everywhere, node, _signed_announcement(node, node.storage), published)
                 else:
                     published.set()
-                task_status.started(Serving(tuple(services), ports, published))
+                task_status.started(Serving(tuple(services.names), ports, published, services.registry))
                 await stop.wait()
                 listening.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT_S
-                if helper is not None:
-                    helper.stop()
-                await tub.drain()
+                await services.drain()
                 port.drain()
             if listening.cancel_scope.cancelled_caught:
                 log.warning("stopped with requests unanswered after %g s", DRAIN_TIMEOUT_S)
             nursery.cancel_scope.cancel()
         finally:
-            if store is not None:
-                store.close()
+            services.close()
+
+
+class _Services:
+    """One node's services, as its directory enables them. Their tasks are in `nursery`."""
+
+    def __init__(self, node: ServerDirectory, nursery: trio.Nursery) -> None:
+        self.names: list[str] = []
+        self.registry = Registry()
+        self._node = node
+        self._nursery = nursery
+        self._tub = Tub(node.identity, keepalive_s=node.keepalive_s, location=node.location)
+        self.port = CombinedPort(tub=self._tub)
+        self._grid = _GridOnDemand(node, nursery)
+        self._store: ShareStore | None = None
+        self._helper: Helper | None = None
+        self._history: History | None = None
+
+    async def start(self) -> None:
+        """Raises NodeDirectoryError."""
+        node = self._node
+        self.registry.register(ProcessStats(), process.METRICS)
+        await self._nursery.start(self._tub.run)
+        if node.introducer is not None:
+            await self._start_introducer(node.introducer)
+        if node.gatherer is not None:
+            await self._start_gatherer(node.gatherer)
+        if node.storage is not None:
+            await self._start_storage(node.storage)
+        if node.helper is not None:
+            await self._start_helper(node.helper)
+        if node.storage is not None or node.helper is not None:
+            furl = self._tub.register(ControlClient(self._grid.client))  # under a new name at every start
+            replace_file(node.path / "private" / "control.furl", f"{furl}\n".encode())
+        if node.stats_gatherer is not None:
+            provide = partial(provide_stats, keepalive_s=node.keepalive_s)
+            self._nursery.start_soon(provide, node.stats_gatherer, self.registry, node.nickname, node.identity)
+
+    async def drain(self) -> None:
+        """Answer what was asked; the caller sets the deadline."""
+        if self._helper is not None:
+            self._helper.stop()
+        await self._tub.drain()
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        if self._history is not None:
+            self._history.close()
+
+    async def _start_introducer(self, swissnum: str) -> None:
+        introducer = Introducer()
+        await self._nursery.start(introducer.run)
+        self._tub.register(introducer, swissnum)
+        self.registry.register(introducer, introducer_metrics)
+        self.names.append("introducer")
+
+    async def _start_gatherer(self, swissnum: str) -> None:
+        path = self._node.path / DATABASE
+        try:
+            self._history = await trio.to_thread.run_sync(History, path)
+        except sqlite3.Error as error:
+            raise NodeDirectoryError(f"cannot use {path}: {error}") from error
+        gatherer = StatsGatherer(self._history)
+        await self._nursery.start(gatherer.run)
+        self._tub.register(gatherer, swissnum)
+        self.names.append("stats-gatherer")
+
+    async def _start_storage(self, settings: StorageSettings) -> None:
+        self._store = _open_store(self._node, settings)
+        service = StorageService(self._store)
+        storage = FoolscapStorage(service)
+        expirer = Expirer(service, _expiry(settings))
+        for task in (service.run, storage.run, expirer.run):
+            await self._nursery.start(task)
+        self._tub.register(storage, settings.swissnum)
+        self.registry.register(StorageStats(service, expirer), storage_metrics)
+        self.names.append("storage")
+        if settings.http:
+            handler = GBSStorage(service, settings.swissnum)
+            self.port = CombinedPort(tub=self._tub, handler=handler, tls=ServerTLS(self._node.identity))
+
+    async def _start_helper(self, settings: HelperSettings) -> None:
+        files = HelperFiles(settings.directory, reserved_space=settings.reserved_space)
+        try:
+            files.prepare()
+        except OSError as error:
+            raise NodeDirectoryError(f"cannot use {settings.directory}: {error.strerror}") from error
+        client = await self._grid.client()
+        self._helper = Helper(files, client.broker, client.uploader, client.secrets)
+        await self._nursery.start(self._helper.run)
+        self._tub.register(self._helper, settings.swissnum)
+        self.registry.register(client, client_metrics)
+        self.registry.register(self._helper, helper_metrics)
+        self.names.append("helper")
+
+
+class _GridOnDemand:
+    """The grid, joined as a client of the same node when somebody first needs it, and left when the node ends."""
+
+    def __init__(self, node: ServerDirectory, nursery: trio.Nursery) -> None:
+        self._node = node
+        self._nursery = nursery
+        self._joining = trio.Lock()  # held by the one who joins
+        self._client: GridClient | None = None
+
+    async def client(self) -> GridClient:
+        """Raises NodeDirectoryError."""
+        async with self._joining:
+            if self._client is None:
+                self._client = await self._nursery.start(self._run)
+            return self._client
+
+    async def _run(self, *, task_status: trio.TaskStatus[GridClient]) -> None:
+        async with join_grid(NodeDirectory.open(self._node.path)) as client:
+            task_status.started(client)
+            await trio.sleep_forever()
 
 
 async def _listen(
@@ -127,21 +234,6 @@ async def _listen(
         await port.run(host or _ANY_INTERFACE, number, task_status=task_status)
     except OSError as error:
         raise NodeDirectoryError(f"{node.path}: cannot listen on port {number}: {error.strerror or error}") from error
-
-
-async def _run_helper(node: ServerDirectory, *, task_status: trio.TaskStatus[Helper]) -> None:
-    """With a client of the grid beneath it, of the same node."""
-    settings = node.helper
-    assert settings is not None
-    files = HelperFiles(settings.directory, reserved_space=settings.reserved_space)
-    try:
-        files.prepare()
-    except OSError as error:
-        raise NodeDirectoryError(f"cannot use {settings.directory}: {error.strerror}") from error
-    async with join_grid(NodeDirectory.open(node.path)) as client, trio.open_nursery() as nursery:
-        helper = Helper(files, client.broker, client.uploader, client.secrets)
-        await nursery.start(helper.run)
-        task_status.started(helper)
 
 
 def _open_store(node: ServerDirectory, settings: StorageSettings) -> ShareStore:

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,15 +37,25 @@ from cache import (
     open_workspace,
     read_directory,
 )
+from grid.client import METRICS as client_metrics
 from grid.errors import GridError, GridUnreachableError, NoSuchChildError, NotEnoughSharesError, WrongKindError
 from grid.formats.directory import normalize_name
+from grid.node_files import node_identity
+from grid.operations import process
+from grid.operations.process import ProcessStats
+from grid.peers.stats_gatherer import provide_stats
+from grid.stats import Registry
 from tahoefs import fuse, local_grid
 from tahoefs.control import serve_control
 from tahoefs.errnos import exit_code_of
+from tahoefs.exposition import stats_command
 from tahoefs.failures import leaf_error
 from tahoefs.logs import set_up_logging
+from tahoefs.metrics_endpoint import serve_metrics
 from tahoefs.mount_config import MountConfig, log_file
 from tahoefs.mount_control import MountControl, telling
+from tahoefs.mount_stats import METRICS as mount_metrics
+from tahoefs.mount_stats import MountStats
 from tahoefs.options import MountOptions
 from tahoefs.progress import in_words
 from tahoefs.registry import registered
@@ -122,9 +133,17 @@ async def _serve(
     k, _, n = client.node.encoding
     vfs = VFS(workspace, options=options, free_bytes=lambda: grid_free_bytes(client.broker.get_known_servers(), k, n))
     control = MountControl(config, client, workspace, vfs)
+    registry = _statistics(client, workspace, vfs)
+    commands = control.commands() | {"stats": stats_command(registry, config.label)}
     with registered(Path(config.node_dir), where) as socket_path:
         async with trio.open_nursery() as services:
-            await services.start(serve_control, socket_path, control.commands())
+            await services.start(serve_control, socket_path, commands)
+            if options.metrics_port is not None:
+                await services.start(serve_metrics, options.metrics_port, registry)
+            if (gatherer := client.node.stats_gatherer) is not None:
+                identity = node_identity(client.node.path / "private" / "node.pem")
+                provide = partial(provide_stats, keepalive_s=client.node.keepalive_s)
+                services.start_soon(provide, gatherer, registry, client.node.nickname, identity)
             stop = trio.Event()
             abandon = trio.CancelScope()
             services.start_soon(_watch_signals, stop, abandon, note)
@@ -152,6 +171,14 @@ async def _serve(
             services.cancel_scope.cancel()
             if abandon.cancelled_caught:
                 _say_what_is_left(control, note)
+
+
+def _statistics(client: grid.GridClient, workspace: Workspace, vfs: VFS) -> Registry:
+    registry = Registry()
+    registry.register(ProcessStats(), process.METRICS)
+    registry.register(client, client_metrics)
+    registry.register(MountStats(workspace.status, lambda: (vfs.faults, vfs.timeouts)), mount_metrics)
+    return registry
 
 
 def _say_what_is_left(control: MountControl, note: Callable[[str], None]) -> None:

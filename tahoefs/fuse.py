@@ -12,6 +12,7 @@ Limits of the binding: one mount a process; reads arrive in at most 128 KiB; `sy
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -24,6 +25,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
+from grid import stats
 from tahoefs.errnos import errno_of, is_expected
 from tahoefs.failures import leaf_error
 from tahoefs.options import MountOptions
@@ -39,6 +41,11 @@ ANSWER_TIMEOUT_S: Final = 10.0  # for the kernel's first answer about a new moun
 CLOSING_TIMEOUT_S: Final = 60.0  # for storing what is open when the mount ends
 TASKS_MAX: Final = 512  # requests in work at once: a burst of slow reads must not keep a stat waiting
 FILESYSTEM: Final = "tahoefs"
+
+SECONDS: Final = stats.histograms("fuse_seconds", "Seconds a request of the kernel took us.", label="request")
+ERRORS: Final = stats.counters("fuse_errors", "Requests of the kernel that ended with an error.", label="errno")
+READ_BYTES: Final = stats.counter("fuse_read_bytes", "Bytes programs read from files of the mount.")
+WRITTEN_BYTES: Final = stats.counter("fuse_written_bytes", "Bytes programs wrote to files of the mount.")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,14 +68,18 @@ def guarded(deadline: str) -> Callable[[Handler[P, R]], Handler[P, R]]:
 
     def decorate(method: Handler[P, R]) -> Handler[P, R]:
         name = getattr(method, "__name__", "handler")
+        seconds = SECONDS.of(name)
 
         @functools.wraps(method)
         async def handler(self: TahoeOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            began = trio.current_time()
             try:
                 with trio.fail_after(getattr(self.deadlines, deadline)):
                     return await method(self, *args, **kwargs)
             except Exception as error:  # noqa: BLE001 one that escaped would end the mount
                 raise self.failure(name, error) from None
+            finally:
+                seconds.observe(trio.current_time() - began)
 
         return handler
 
@@ -98,7 +109,9 @@ class TahoeOperations(pyfuse3.Operations):
             log.warning("%s missed its deadline", name)
         elif not hasattr(leaf, "errno"):
             log.warning("%s: %s", name, leaf)
-        return FUSEError(errno_of(leaf))
+        number = errno_of(leaf)
+        ERRORS.of(errno.errorcode.get(number, "other")).add()
+        return FUSEError(number)
 
     # --- names -----------------------------------------------------------------------------------------------
 
@@ -209,11 +222,15 @@ class TahoeOperations(pyfuse3.Operations):
 
     @guarded("data")
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return await self.vfs.read(fh, off, size)
+        data = await self.vfs.read(fh, off, size)
+        READ_BYTES.add(len(data))
+        return data
 
     @guarded("data")
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.vfs.write(fh, off, buf)
+        count = await self.vfs.write(fh, off, buf)
+        WRITTEN_BYTES.add(count)
+        return count
 
     @guarded("store")
     async def flush(self, fh: int) -> None:

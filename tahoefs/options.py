@@ -56,6 +56,7 @@ class MountOptions:
     journal_size: int | None = None  # bytes waiting to be sent; None: 10 GiB, or half of the free disk
     durability: str = "journal"
     mutable: str = "none"
+    metrics_port: int | None = None  # where Prometheus finds statistics, on loopback
     poll_s: float = 5.0  # how stale another writer's change may be
     timeout_s: float | None = None  # deadline of one file system request; None: 30 s data, 10 s metadata
     convergence: str = "node"
@@ -113,6 +114,12 @@ def _identity(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 1 << 16:
+        raise ValueError("expected a port")
+    return int(text)
+
+
 def _umask(text: str) -> int:
     if not re.fullmatch(r"[0-7]{1,4}", text) or int(text, 8) > 0o777:
         raise ValueError("expected an octal mask such as 022")
@@ -140,6 +147,7 @@ _VALUES: Final[dict[str, tuple[str, Any]]] = {
     "journal_size": ("journal_size", parse_size),
     "durability": ("durability", _choice("journal", "grid")),
     "mutable": ("mutable", _choice("none", "sdmf")),
+    "metrics_port": ("metrics_port", _port),
     "poll": ("poll_s", _seconds),
     "timeout": ("timeout_s", _timeout),
     "convergence": ("convergence", _choice("node", "none")),

@@ -58,6 +58,23 @@ def registered(node_dir: Path, mountpoint: Path) -> Iterator[Path]:
         link.unlink(missing_ok=True)
 
 
+def node_socket(node_dir: Path) -> Path:
+    """Where the process of `tahoefs run` answers, for a node directory's absolute path."""
+    return node_dir / "tahoefs" / "control" / "node.sock"
+
+
+@contextlib.contextmanager
+def node_registered(node_dir: Path) -> Iterator[Path]:
+    """The socket path for a node's process to bind; the socket is removed at the end."""
+    socket = node_socket(node_dir)
+    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    socket.unlink(missing_ok=True)
+    try:
+        yield socket
+    finally:
+        socket.unlink(missing_ok=True)
+
+
 def find_socket(mountpoint: Path) -> Path | None:
     """The control socket of the daemon that serves `mountpoint`, or None."""
     link = run_directory() / mount_id(mountpoint)

@@ -23,7 +23,7 @@ ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 PACKAGES: Final = ("grid", "cache", "tahoefs")
 
-TOPICS: Final = {"control", "statistics"}
+TOPICS: Final[frozenset[str]] = frozenset()
 
 INTERFACES_OF_2008: Final = {
     "ICodecDecoder": "set_serialized_params get_needed_shares decode",

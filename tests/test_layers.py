@@ -16,7 +16,7 @@ PACKAGES = ("grid", "cache", "tahoefs")  # each may import itself and those befo
 
 # Inside grid, a module may import its own room and those before it. What has no room here is a room by itself.
 GRID_ORDER = (
-    ("grid.errors", "grid.interfaces", "grid.interfaces_servers"),
+    ("grid.errors", "grid.interfaces", "grid.interfaces_servers", "grid.stats"),
     ("grid.crypto",),
     ("grid.erasure",),
     ("grid.formats",),
@@ -26,7 +26,7 @@ GRID_ORDER = (
     ("grid.operations",),
     ("grid.nodes",),
     ("grid.server",),
-    ("grid.client", "grid.services"),
+    ("grid.client", "grid.measure", "grid.control", "grid.services"),
 )
 # Disk layouts of a node: they stand beside the rooms, on the formats, and peers may be given what they read.
 NODE_FILES = (
@@ -44,6 +44,7 @@ SOLE_IMPORTERS = {
     "zfec": {"grid.erasure"},
     "OpenSSL": {"grid.transports.tls"},
     "ssl": {"grid.transports.tls"},
+    "prometheus_client": {"tahoefs.exposition"},
     "pyfuse3": {"tahoefs.fuse"},
 }
 # Bytes-only rooms: no I/O, no clock, no random source, no event loop.

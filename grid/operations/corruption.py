@@ -12,7 +12,10 @@ from weakref import WeakKeyDictionary
 import trio
 from cachetools import LRUCache
 
+from grid import stats
 from grid.interfaces import IStorageBroker
+
+CORRUPT_SHARES: Final = stats.counter("corrupt_shares", "Damaged shares met on servers, each once a day.")
 
 AGAIN_AFTER_S: Final = 86400.0
 REPORTS_KEPT: Final = 4096
@@ -31,6 +34,7 @@ class CorruptionReports:
         if now < self._made_at.get(key, -AGAIN_AFTER_S) + AGAIN_AFTER_S:
             return False
         self._made_at[key] = now
+        CORRUPT_SHARES.add()
         return True
 
 

@@ -17,6 +17,7 @@ from typing import Final
 import trio
 from attrs import define, field
 
+from grid import stats
 from grid.errors import (
     CorruptShareError,
     GridError,
@@ -37,6 +38,9 @@ from grid.operations.share_reader import Block, FileState, RemoteShare
 from grid.operations.worker import run_cpu_work
 
 log = logging.getLogger(__name__)
+
+SEGMENT_BYTES: Final = stats.counter("download_bytes", "Verified bytes read from immutable files on the grid.")
+SEGMENT_SECONDS: Final = stats.histogram("download_seconds", "Seconds one segment of an immutable file took to come.")
 
 SPARE_SHARES: Final = 2  # known beyond k, so that a late or bad one can be replaced at once
 DIVERSITY_WAIT_S: Final = 0.05  # before taking two shares from one server while others are still being asked
@@ -77,8 +81,11 @@ class ImmutableDownload:
             await self.get_segment_size()  # whether there is such a segment
         if self.file.ueb is not None and not 0 <= segment < self.file.segmentation.num_segments:
             raise ValueError(f"no segment {segment} of {self.file.segmentation.num_segments}")
+        began = trio.current_time()
         data = await _Read(self, segment).run()
         assert data is not None
+        SEGMENT_BYTES.add(len(data))
+        SEGMENT_SECONDS.observe(trio.current_time() - began)
         return data
 
 

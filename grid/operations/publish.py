@@ -23,7 +23,9 @@ from typing import Final
 import trio
 from attrs import define
 
+from grid import stats
 from grid.errors import (
+    GridError,
     NotEnoughServersError,
     PeerError,
     PeerTimeoutError,
@@ -41,6 +43,9 @@ from grid.operations.servermap import KNOWN_LATE, ServerMap, ShareKey
 from grid.operations.slot_share import FoundShare
 
 log = logging.getLogger(__name__)
+
+FAILED: Final = stats.counter("publish_failures", "Publishes of mutable files and directories that failed.")
+PUBLISH_SECONDS: Final = stats.histogram("publish_seconds", "Seconds a publish of a mutable file or directory took.")
 
 STRAGGLER_S: Final = 3.0  # waited for the next server once one is done; or as long as those took that are
 FIRST_ANSWER_S: Final = 15.0
@@ -72,8 +77,15 @@ async def publish(
     UncoordinatedWriteError, NotEnoughServersError.
     """
     publisher = _Publisher(broker, secrets, keys, servermap or ServerMap(), version)
-    await publisher.run()
-    return publisher.result()
+    began = trio.current_time()
+    try:
+        await publisher.run()
+        result = publisher.result()
+    except GridError:
+        FAILED.add()
+        raise
+    PUBLISH_SECONDS.observe(trio.current_time() - began)
+    return result
 
 
 class _Publisher:

@@ -26,6 +26,7 @@ from typing import Final
 import trio
 from attrs import define, field
 
+from grid import stats
 from grid.crypto import aes_ctr
 from grid.erasure import Decoder
 from grid.errors import (
@@ -48,6 +49,9 @@ from grid.operations.slot_share import FoundShare, ShareReplacedError
 from grid.operations.worker import run_cpu_work
 
 log = logging.getLogger(__name__)
+
+SEGMENT_BYTES: Final = stats.counter("retrieve_bytes", "Verified bytes read from mutable files on the grid.")
+SEGMENT_SECONDS: Final = stats.histogram("retrieve_seconds", "Seconds one segment of a mutable file took to come.")
 
 STALL_S: Final = 1.0  # a share that brought nothing for so long gets a rival
 LANE_TIMEOUT_S: Final = 15.0  # for one call to one server
@@ -131,8 +135,11 @@ class MutableVersion:
     async def get_segment(self, number: int) -> bytes:
         """One verified ciphertext segment. Raises NotEnoughSharesError."""
         header = self.header
+        began = trio.current_time()
         salt, blocks = await self._get_blocks(number)
         size = header.segmentation.segment_bytes(number)
+        SEGMENT_BYTES.add(size)
+        SEGMENT_SECONDS.observe(trio.current_time() - began)
 
         def decode() -> bytes:
             numbers = sorted(blocks)[: header.k]  # lanes that end together may bring more

@@ -29,6 +29,7 @@ from typing import Final
 import trio
 from attrs import define, field, frozen
 
+from grid import stats
 from grid.errors import CorruptShareError, FormatError, PeerError, PeerTimeoutError, ShareError, ShareVersionError
 from grid.formats import caps
 from grid.formats.mutable_share import MutableHeader
@@ -39,6 +40,8 @@ from grid.operations.responsiveness import responsiveness_of
 from grid.operations.slot_share import FoundShare, ShareVerifier, open_share
 
 log = logging.getLogger(__name__)
+
+MAP_SECONDS: Final = stats.histogram("servermap_seconds", "Seconds it took to find a mutable file's versions.")
 
 READ_BYTES: Final = 4000  # of each share, in the first query
 CHECK_READ_BYTES: Final = 1000
@@ -188,7 +191,9 @@ async def update_servermap(
     `verifier` remembers what was verified before (same file), so that an unchanged version costs no RSA.
     """
     mapper = _Mapper(broker, request, mode, verifier or ShareVerifier(request.fingerprint))
+    began = trio.current_time()
     await mapper.run()
+    MAP_SECONDS.observe(trio.current_time() - began)
     servermap = mapper.map
     if mapper.wants_key:
         servermap.keys = await _obtain_keys(servermap, request.writekey)

@@ -18,7 +18,8 @@ from typing import Final
 import trio
 from attrs import define, field, frozen
 
-from grid.errors import PeerError
+from grid import stats
+from grid.errors import GridError, PeerError
 from grid.formats.caps import CHKReadCap, LiteralCap
 from grid.formats.segments import LITERAL_BYTES_MAX
 from grid.interfaces import IStorageBroker, IUploadable, IUploadProgress
@@ -40,6 +41,13 @@ from grid.operations.uploadables import (
 __all__ = ["DataUploadable", "FileUploadable", "UploadResults", "Uploader", "chk_cap_of"]
 
 log = logging.getLogger(__name__)
+
+FILES: Final = stats.counter("upload_files", "Immutable files stored, literal ones left out.")
+FILE_BYTES: Final = stats.counter("upload_bytes", "Bytes of the files stored.")
+SHARES: Final = stats.counter("upload_shares", "Shares of immutable files sent to storage servers, by us or a helper.")
+HELPED: Final = stats.counter("upload_helped", "Immutable files stored by an upload helper.")
+FAILED: Final = stats.counter("upload_failures", "Uploads of immutable files that failed.")
+FILE_SECONDS: Final = stats.histogram("upload_seconds", "Seconds an upload of an immutable file took.")
 
 SMALL_SHARE_BYTES_MAX: Final = 1 << 20  # below this a second copy costs less than asking who has one
 
@@ -105,26 +113,39 @@ class Uploader:
             literal = await _literal(uploadable)
             if literal is not None:
                 return UploadResults(literal)
+            began = trio.current_time()
             source = EncryptAnUploadable(uploadable)
             async with self._turn(await source.get_storage_index()):
-                if self._helped is not None:
-                    try:
-                        if (results := await self._by_helper(self._helped, uploadable, progress)) is not None:
-                            return results
-                    except HelperLiedError as error:
-                        # Under this storage index there may be anything by now.
-                        log.error("%s; the file is stored without it, under another key", error)
-                        source = EncryptAnUploadable(uploadable := FreshKey(uploadable))
-                    if isinstance(uploadable, IRewindable):
-                        uploadable.rewind()
-                stored = await self._store(source, progress)
-                cap = CHKReadCap(
-                    await uploadable.get_encryption_key(), stored.ueb_hash, stored.k, stored.n, stored.size
-                )
-                return UploadResults(cap, stored.pushed, stored.preexisting, stored.sharemap)
+                results = await self._upload(uploadable, source, progress)
+            FILES.add()
+            FILE_BYTES.add(await uploadable.get_size())
+            SHARES.add(results.pushed_shares)
+            FILE_SECONDS.observe(trio.current_time() - began)
+            return results
+        except GridError:
+            FAILED.add()
+            raise
         finally:
             with trio.CancelScope(shield=True):  # closing a file does not wait for anything
                 await uploadable.close()
+
+    async def _upload(
+        self, uploadable: IUploadable, source: EncryptAnUploadable, progress: IUploadProgress | None
+    ) -> UploadResults:
+        if self._helped is not None:
+            try:
+                if (results := await self._by_helper(self._helped, uploadable, progress)) is not None:
+                    HELPED.add()
+                    return results
+            except HelperLiedError as error:
+                # Under this storage index there may be anything by now.
+                log.error("%s; the file is stored without it, under another key", error)
+                source = EncryptAnUploadable(uploadable := FreshKey(uploadable))
+            if isinstance(uploadable, IRewindable):
+                uploadable.rewind()
+        stored = await self._store(source, progress)
+        cap = CHKReadCap(await uploadable.get_encryption_key(), stored.ueb_hash, stored.k, stored.n, stored.size)
+        return UploadResults(cap, stored.pushed, stored.preexisting, stored.sharemap)
 
     async def store_ciphertext(self, source: ICiphertextSource) -> StoredShares:
         """For who has no key: store what is encrypted already. Raises NotEnoughServersError. Does not close it."""

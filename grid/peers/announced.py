@@ -45,6 +45,7 @@ class AnnouncedServer(Generic[_Connection]):
             raise FormatError("a storage server is announced without a FURL")
         self.announcement = announcement
         self.last_failure: str | None = None
+        self.clock_ahead_s: float | None = None  # of ours, to a second or so, where the server tells the time
         self._furl: Furl = announcement.furl
         self._tub_id = announcement.furl.tub_id_bytes
         self._changed = changed
@@ -123,7 +124,7 @@ class AnnouncedServer(Generic[_Connection]):
         return min(value, SPACE_BYTES_MAX) if type(value) is int and value >= 0 else None
 
     @property
-    def _application_version(self) -> str:
+    def application_version(self) -> str:
         version = self._version.get(b"application-version", b"")
         text = version.decode("utf-8", "replace")[:APPLICATION_BYTES_MAX] if isinstance(version, bytes) else ""
         return text if text.isprintable() else ""

@@ -70,7 +70,7 @@ class FoolscapStorageServer(AnnouncedServer[_Connection]):
                     backoff.connected()
                     nursery.start_soon(connection.window.run)
                     self._connection = connection
-                    log.info("connected to storage server %s (%s)", self.name, self._application_version)
+                    log.info("connected to storage server %s (%s)", self.name, self.application_version)
                     self._changed()
                     await pulse.watch(lambda: self._refresh_version(connection))
                 except PeerError as error:

@@ -11,7 +11,10 @@ there, which another writer may come between: see `slot_readv`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final
 
@@ -36,7 +39,7 @@ from grid.peers.gbs_buckets import (
 from grid.peers.http_pool import ConnectionPool, all_of, common_headers, dial, limit
 from grid.peers.pulse import Pulse
 from grid.peers.reconnect import Backoff, Reconnector
-from grid.transports.http import ERROR_BYTES_MAX, HTTPConnection
+from grid.transports.http import ERROR_BYTES_MAX, Answer, HTTPConnection
 from grid.wire import gbs, gbs_bodies
 from grid.wire.gbs import Nurl, Secret
 
@@ -135,7 +138,7 @@ class GBSStorageServer(AnnouncedServer[_Connection]):
                 uploads = Uploads(pool, nursery)
                 self._connection = connection = _Connection(nurl, pool, pulse, uploads, nursery)
                 backoff.connected()
-                log.info("connected to storage server %s (%s) over HTTP", self.name, self._application_version)
+                log.info("connected to storage server %s (%s) over HTTP", self.name, self.application_version)
                 self._changed()
                 nursery.start_soon(pool.close_idle)
                 nursery.start_soon(watch, partial(self._watch_line, connection, line))
@@ -175,7 +178,13 @@ class GBSStorageServer(AnnouncedServer[_Connection]):
             )
         if answer.status != 200:
             raise failure(answer, "version")
+        self._take_version(answer)
+
+    def _take_version(self, answer: Answer) -> None:
         self._version = cbor_answer(answer, gbs_bodies.read_version)
+        with suppress(TypeError, ValueError):  # one that says no time, or not properly
+            told = parsedate_to_datetime((answer.header(b"date") or b"").decode("ascii", "replace"))
+            self.clock_ahead_s = told.timestamp() - time.time()
 
     async def _refresh_version(self, connection: _Connection) -> None:
         answer = await connection.pool.request(
@@ -188,7 +197,7 @@ class GBSStorageServer(AnnouncedServer[_Connection]):
         )
         if answer.status != 200:
             raise failure(answer, "version")
-        self._version = cbor_answer(answer, gbs_bodies.read_version)
+        self._take_version(answer)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,13 @@ from typing import Final
 
 import trio
 
+from grid import stats
 from grid.errors import PeerError, PeerTimeoutError, RemoteFailure, Violation
+
+CALLS: Final = stats.counter("server_calls", "Calls to storage servers.")
+FAILURES: Final = stats.counter("server_call_failures", "Calls to storage servers that got no answer, or a refusal.")
+CALL_BYTES: Final = stats.counter("server_call_bytes", "Bytes of data in calls to storage servers and their answers.")
+CALL_SECONDS: Final = stats.histogram("server_call_seconds", "Seconds until storage servers answered, by call.")
 
 SUSPECT_AFTER_S: Final = 2.0
 SLOW_BYTES_PER_S: Final = 64 << 10  # what is on its way may take this long: a slow line is not a dead server
@@ -48,6 +54,8 @@ class Pulse:
         return self._bytes_moving / SLOW_BYTES_PER_S
 
     def asked(self, moved_bytes: int = 0) -> None:
+        CALLS.add()
+        CALL_BYTES.add(moved_bytes)
         self._unanswered += 1
         self._bytes_moving += moved_bytes
         if self._silent_since is None:
@@ -75,12 +83,15 @@ class Pulse:
         self.asked(moved_bytes)
         try:
             yield
+            took_s = trio.current_time() - started
+            CALL_SECONDS.observe(took_s)
             if light:
-                took_s = trio.current_time() - started
                 before = took_s if self.latency_s is None else self.latency_s
                 self.latency_s = before + _LATENCY_WEIGHT * (took_s - before)
         except BaseException as error:
             heard = isinstance(error, RemoteFailure | Violation)
+            if isinstance(error, PeerError):
+                FAILURES.add()
             raise
         finally:
             if heard:

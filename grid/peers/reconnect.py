@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 
 import trio
 
-from grid.crypto import make_tub_identity
+from grid.crypto import TubIdentity, make_tub_identity
 from grid.errors import ConnectionLostError, PeerError, RemoteProtocolError
 from grid.formats.furl import Furl
 from grid.transports.tub import RemoteReference, Tub
@@ -104,16 +104,17 @@ async def keep_connected(
     backoff: Backoff,
     dials: trio.CapacityLimiter,
     keepalive_s: float,
+    identity: TubIdentity | None = None,
 ) -> NoReturn:
     """Connect to `furl`, run `serve` while the connection lasts, and again after every loss, for ever.
 
     `serve` is cancelled when the connection is lost; it drops the connection by returning or raising PeerError.
     `failed` hears of every attempt and every connection that ended. What is there must say that it is of `interface`:
-    by that its answers are checked. Our identity towards this peer is made here,
+    by that its answers are checked. Our identity towards this peer, unless it is given, is made here,
     for this run only: no other program speaks for it, and peers cannot tell by it that they serve the same user.
     """
     # one tub for all connections: it can tell the peer which of them a new one is to replace
-    tub = Tub(make_tub_identity(), keepalive_s=keepalive_s)
+    tub = Tub(identity or make_tub_identity(), keepalive_s=keepalive_s)
     while True:
         try:
             await _connect_once(tub, furl, interface, serve, backoff, dials)

@@ -19,6 +19,7 @@ from typing import Final
 
 import trio
 
+from grid import stats
 from grid.errors import FormatError
 from grid.interfaces import LeaseSecrets, SlotSecrets
 from grid.server.errors import (
@@ -38,6 +39,10 @@ from grid.wire.cbor import Buffer
 from grid.wire.gbs import LEASE_SECRETS, Route, Secret
 
 log = logging.getLogger(__name__)
+
+SERVED_SECONDS: Final = stats.histograms(
+    "http_request_seconds", "Seconds until we began to answer a storage client's request over HTTP.", label="endpoint"
+)
 
 SLOT_BODY_BYTES_MAX: Final = 512 << 20  # ours, of one message that writes mutable shares
 LARGE_BODIES_BYTES: Final = 512 << 20  # all of those above SMALL_BODY_BYTES, at any time
@@ -100,7 +105,10 @@ class GBSStorage:
         try:
             with _refusals(_DATA if route.name == "read" else ()):
                 secrets = gbs.read_secrets(request.headers, _SECRETS.get(route.name, frozenset()))
-                return await self._endpoints[route.name](request, route, secrets)
+                began = trio.current_time()
+                response = await self._endpoints[route.name](request, route, secrets)
+                SERVED_SECONDS.of(route.name).observe(trio.current_time() - began)
+                return response
         except _Refusal as refusal:
             return refusal.response
 

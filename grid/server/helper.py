@@ -33,6 +33,7 @@ from grid.operations.upload import Uploader
 from grid.peers.deadlines import with_data
 from grid.peers.helper import UPLOAD_VERSION_KEY, VERSION_KEY
 from grid.server.helper_files import CiphertextFile, HelperFiles, Partial
+from grid.stats import Metric
 from grid.transports.tub import Referenceable, RemoteReference
 from grid.wire.failures import Copyable
 from grid.wire.helper_results import results_to_send
@@ -42,6 +43,12 @@ from grid.wire.schemas import RemoteInterface
 log = logging.getLogger(__name__)
 
 APPLICATION_VERSION: Final = b"tahoe-lafs/1.20.0"  # what peers know; they look at the key above, not at this
+METRICS: Final = (
+    Metric("helper_uploads", "gauge", "Uploads this helper was asked for, under way or waiting."),
+    Metric("helper_fetched_bytes", "counter", "Bytes of ciphertext this helper got from clients."),
+    Metric("helper_files", "counter", "Files this helper stored."),
+    Metric("helper_files_found", "counter", "Files this helper was asked for that were on the grid already."),
+)
 STORAGE_INDEX_BYTES: Final = 16
 READ_BYTES: Final = 128 << 10  # one read_encrypted; what is lost when the connection is
 READ_TIMEOUT_S: Final = 120.0  # and more for the bytes asked for
@@ -277,10 +284,10 @@ class Helper(Referenceable):
     def get_stats(self) -> Mapping[str, float]:
         """What it has done, and is at."""
         return {
-            "helper_uploads_active": len(self._runs),
-            "helper_fetched_bytes_total": self.fetched_bytes,
-            "helper_files_stored_total": self.stored,
-            "helper_files_found_total": self.found,
+            "helper_uploads": len(self._runs),
+            "helper_fetched_bytes": self.fetched_bytes,
+            "helper_files": self.stored,
+            "helper_files_found": self.found,
         }
 
 

@@ -13,6 +13,7 @@ subscriber costs no more memory than a quick one. Source: Tahoe-LAFS 1.20's intr
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 import trio
@@ -21,12 +22,17 @@ from attrs import define, field
 from grid.errors import FormatError, PeerError, RemoteFailure, Violation
 from grid.formats.announcement import Announcement, SignedAnnouncement, parse_signed
 from grid.peers.introducer import supersedes
+from grid.stats import Metric
 from grid.transports.tub import Referenceable, RemoteReference
 from grid.wire.remote_interfaces import RIIntroducerPublisherAndSubscriberService_v2
 from grid.wire.schemas import RemoteInterface
 
 log = logging.getLogger(__name__)
 
+METRICS: Final = (
+    Metric("introducer_announcements", "gauge", "Announcements this introducer passes on."),
+    Metric("introducer_subscriptions", "gauge", "Clients that hear of announcements."),
+)
 V2_KEY: Final = b"http://allmydata.org/tahoe/protocols/introducer/v2"
 APPLICATION_VERSION: Final = b"tahoe-lafs/1.20.0"  # what peers know; they look at the key above, not at this
 ANNOUNCEMENTS_MAX: Final = 2000
@@ -78,6 +84,10 @@ class Introducer(Referenceable):
     @property
     def subscription_count(self) -> int:
         return len(self._subscriptions)
+
+    def get_stats(self) -> Mapping[str, float]:
+        """What it keeps."""
+        return {"introducer_announcements": len(self._held), "introducer_subscriptions": len(self._subscriptions)}
 
     # --- calls
 

@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
+from grid import stats
 from grid.formats import container
 from grid.interfaces import LeaseSecrets, SlotSecrets, SlotWrite
 from grid.server import immutables, slots
@@ -45,6 +46,9 @@ from grid.server.shares import LEASE_PERIOD_S, ShareStore
 from grid.server.uploads import Upload, UploadFiles
 
 log = logging.getLogger(__name__)
+
+READ_BYTES: Final = stats.counter("storage_read_bytes", "Bytes of immutable shares read by clients.")
+ADVISORIES: Final = stats.counter("storage_corruption_reports", "Shares of ours that clients reported as damaged.")
 
 T = TypeVar("T")
 
@@ -199,6 +203,7 @@ class StorageService:
             wanted = max(0, min(length, share.data_bytes() - offset))
             if wanted > slots.READ_BYTES_MAX:
                 raise BadRequestError(f"more than {slots.READ_BYTES_MAX} bytes to be read in one call")
+            READ_BYTES.add(wanted)
             return await self.work(wanted, partial(share.read, offset, wanted))
 
     # --- leases
@@ -371,6 +376,7 @@ class StorageService:
             raise BadRequestError("a share is immutable or mutable")
         if number not in self.store.share_numbers(storage_index):
             return False
+        ADVISORIES.add()
         self.store.write_advisory(kind, storage_index, number, reason)
         return True
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 from attrs import define, field
 
+from grid import stats
 from grid.formats import container
 from grid.server.errors import (
     BadRequestError,
@@ -37,6 +38,7 @@ from grid.server.spans import SPANS_MAX, Spans
 if TYPE_CHECKING:
     from grid.server.storage import StorageService
 
+WRITTEN_BYTES: Final = stats.counter("storage_written_bytes", "Bytes of immutable shares written by clients.")
 OPEN_UPLOADS_MAX: Final = 256  # files kept open while nobody writes to them
 _COMPARED_BYTES: Final = 1 << 20  # at a time
 
@@ -143,6 +145,7 @@ class Upload:
             if end == self.size:
                 buffers.append(container.pack_immutable_lease(self.lease))
             _write(fd, buffers, position)
+        WRITTEN_BYTES.add(end - offset)
         self.spans.add(offset, end)
 
     def _compare(self, fd: int, begin: int, data: memoryview) -> None:

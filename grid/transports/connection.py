@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import trio
 
+from grid import stats
 from grid.errors import ConnectionLostError, GridError, PeerError, PeerTimeoutError, RemoteProtocolError, Violation
 from grid.transports.tls import TLSStream
 from grid.wire.banana import PING, ping_token
@@ -26,6 +27,10 @@ from grid.wire.reference_tables import BROKER_CLID, Names
 from grid.wire.references import Releases, RemoteHandle
 
 log = logging.getLogger(__name__)
+
+SERVED_SECONDS: Final = stats.histograms(
+    "foolscap_request_seconds", "Seconds a peer's call over Foolscap took us, by method.", label="method"
+)
 
 PONG_TIMEOUT_S: Final = 120.0  # a peer that was silent must answer our PING within this
 HANDLERS_MAX: Final = 256  # calls of one peer we work on at a time; then we stop reading
@@ -292,6 +297,7 @@ class Connection:
         self._to_write.unpark_all()
 
     async def _answer(self, call: InboundCall) -> None:
+        began = trio.current_time()
         try:
             handler = getattr(call.target, f"remote_{call.method}", None)
             if handler is None:
@@ -304,6 +310,7 @@ class Connection:
             self._broker.send_error(call.reqid, error)
         else:
             self._broker.send_answer(call.reqid, value)
+            SERVED_SECONDS.of(call.method).observe(trio.current_time() - began)
 
     # --- writing
 

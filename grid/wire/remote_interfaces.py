@@ -14,6 +14,7 @@ from typing import Final
 from grid.wire.schemas import (
     ANY,
     BOOL,
+    FLOAT,
     INT,
     NONE,
     OFFSET,
@@ -35,6 +36,7 @@ _HELD_SHARE: Final = Between(0, SHARES_MAX - 1)  # in answers; what is asked for
 _BYTES = Bytes()
 _STORAGE_INDEX = Bytes(most=16)
 _SECRET = Bytes(exactly=32)
+_CONTROL_URI = Bytes(most=300)
 _HASH = Bytes(exactly=32)
 _VERSION = DictOf(_BYTES, ANY)
 
@@ -160,6 +162,23 @@ RIStatsGatherer: Final = RemoteInterface(
     {"provide": method(NONE, provider=Reference(RIStatsProvider.name), nickname=_BYTES)},
 )
 
+RIControlClient: Final = RemoteInterface(
+    "RIControlClient",
+    {
+        "wait_for_client_connections": method(NONE, num_clients=INT),
+        "upload_from_file_to_uri": method(
+            _CONTROL_URI, filename=_BYTES, convergence=OneOf((NONE, Bytes(most=1 << 20)))
+        ),
+        "download_from_uri_to_file": method(_BYTES, uri=_CONTROL_URI, filename=_BYTES),
+        # of 2015, in the place of the two above
+        "upload_random_data_from_file": method(_CONTROL_URI, size=INT, convergence=_BYTES),
+        "download_to_tempfile_and_delete": method(NONE, uri=_CONTROL_URI),
+        "get_memory_usage": method(DictOf(_BYTES, INT)),
+        "speed_test": method(TupleOf((FLOAT, FLOAT)), count=INT, size=INT, mutable=ANY),
+        "measure_peer_response_time": method(DictOf(_BYTES, FLOAT)),
+    },
+)
+
 INTERFACES: Final = {
     interface.name: interface
     for interface in (
@@ -173,5 +192,6 @@ INTERFACES: Final = {
         RIHelper,
         RIStatsProvider,
         RIStatsGatherer,
+        RIControlClient,
     )
 }

@@ -163,6 +163,7 @@ ANY = AnySchema()
 INT = Integer()
 OFFSET = Integer(most_bytes=8)
 BOOL = Exactly(bool)
+FLOAT = Exactly(float)
 TEXT = Exactly(str)
 NONE = Exactly(type(None))
 

@@ -124,7 +124,7 @@ async def test_a_file_takes_its_ciphertext_once_and_nothing_the_second_time(site
     assert (site.helper.stored, site.helper.found) == (1, 1)
     assert sum(server.calls["add_lease"] for server in site.grid.servers) == 10
     # a key is what nobody may see: neither it nor plaintext is in what was kept or sent in clear
-    assert site.helper.get_stats()["helper_fetched_bytes_total"] == SIZE
+    assert site.helper.get_stats()["helper_fetched_bytes"] == SIZE
 
 
 @pytest.mark.parametrize("k, n", [(1, 1), (3, 10), (7, 7)])
