@@ -23,8 +23,6 @@ ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 PACKAGES: Final = ("grid", "cache", "tahoefs")
 
-TOPICS: Final[frozenset[str]] = frozenset()
-
 INTERFACES_OF_2008: Final = {
     "ICodecDecoder": "set_serialized_params get_needed_shares decode",
     "ICodecEncoder": ("set_params get_encoder_type get_serialized_params get_block_size encode_proposal encode"),
@@ -131,14 +129,12 @@ class Row:
     interface: str
     methods: dict[str, str]
     places: tuple[str, ...]
-    topic: str | None  # of what is not there yet
 
     @classmethod
     def parse(cls, cells: list[str]) -> Row:
         interface, methods, where, _ = cells
         pairs = [name.partition(" → ") for name in quoted(methods)]
-        topic = where.removeprefix("later: ") if where.startswith("later: ") else None
-        return cls(quoted(interface)[0], {old: new or old for old, _, new in pairs}, tuple(quoted(where)), topic)
+        return cls(quoted(interface)[0], {old: new or old for old, _, new in pairs}, tuple(quoted(where)))
 
 
 ROWS: Final = [Row.parse(cells) for cells in tables("interface")]
@@ -153,12 +149,6 @@ PRESENT: Final = [
     for row in ROWS
     for place in row.places
     for old, new in row.methods.items()
-]
-LATER: Final = [
-    pytest.param(row.interface, name, row.topic, id=f"{row.interface}.{name}")
-    for row in ROWS
-    if row.topic
-    for name in row.methods
 ]
 
 
@@ -288,24 +278,13 @@ def assert_agrees(declared: Any, implemented: Any) -> None:
     assert not [each.name for each in given if each.name in optional and each.default is each.empty]
 
 
-@pytest.mark.parametrize(("interface", "name", "topic"), LATER)
-def test_what_comes_later_is_declared_and_not_there(interface: str, name: str, topic: str) -> None:
-    assert topic in TOPICS
-    if interface in PROTOCOLS:
-        assert f"Later: {topic}" in (inspect.getdoc(getattr(PROTOCOLS[interface], name)) or "")
-    for row in ROWS:
-        if row.interface == interface:
-            assert not [place for place in row.places if hasattr(resolve(place), name)]
-    if all(row.topic for row in ROWS if row.interface == interface):
-        named = re.compile(rf"class .*\b{interface}\b|\"\"\"{interface}\b|remote_interface.*= {interface}\b")
-        for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-            if path.name not in ("interfaces.py", "remote_interfaces.py"):
-                assert not named.search(path.read_text(encoding="utf-8")), path
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.interface)
+def test_nothing_is_left_for_later(row: Row) -> None:
+    """Every row names where its methods are; that they are there is tested above."""
+    assert row.places
 
 
 @pytest.mark.parametrize("interface", PROTOCOLS)
-def test_what_a_protocol_says_comes_later_is_so_in_the_table(interface: str) -> None:
-    later = {name: row.topic for row in ROWS if row.interface == interface and row.topic for name in row.methods}
-    for name, value in members(PROTOCOLS[interface]).items():
-        said = re.search(r"Later: ([\w ]+)\.", inspect.getdoc(value) or "")
-        assert (said[1] if said else None) == later.get(name)
+def test_no_protocol_speaks_of_later(interface: str) -> None:
+    texts = [inspect.getdoc(value) or "" for value in (PROTOCOLS[interface], *members(PROTOCOLS[interface]).values())]
+    assert not [text for text in texts if re.search(r"\b[Ll]ater: ", text)]
