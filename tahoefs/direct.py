@@ -15,7 +15,7 @@ import trio
 import grid
 from cache import WorkspaceOptions, open_workspace
 from tahoefs.link_requests import LinkRequests, refusals
-from tahoefs.mount_control import telling
+from tahoefs.mount_control import SYNC_STALL_S, telling
 from tahoefs.options import MountOptions
 from tahoefs.places import OnGrid, PlaceError
 from tahoefs.progress import Progress
@@ -46,4 +46,4 @@ async def _change(node_dir: Path, place: OnGrid, work: Work) -> None:
                 async with open_workspace(client, root, state_dir=Path(state), options=options) as workspace:
                     await work(LinkRequests(VFS(workspace, options=MountOptions())))
                     async with telling(workspace, tell):
-                        await workspace.drain()
+                        await workspace.wait(stall_s=SYNC_STALL_S)

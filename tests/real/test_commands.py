@@ -8,11 +8,13 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tahoefs.mountpoint import FUSE_TYPE, filesystem_at, is_dead
+from tahoefs.registry import find_mount
 from tests.real.mounting import Mount, Mounter, can_mount, tahoefs
 from tests.real.tahoe_grid import TahoeGrid, free_ports, wait_until
 
@@ -142,3 +144,109 @@ def test_no_cap_in_the_process_list_or_the_log(
         assert secret not in Path(f"/proc/{mount.pid}/environ").read_text(errors="replace")
         log = mount.log(node_dir)
     assert secret not in log and "URI:" not in log and "pb://" not in log
+
+
+def test_ln_and_clone_in_a_mount_and_without(
+    real_grid: TahoeGrid, root_cap: str, mounted: Mounter, tmp_path: Path
+) -> None:
+    """What is linked and cloned, the real client sees; a clone stays as it is when the original changes."""
+    theirs = real_grid.mkdir()
+    real_grid.put_at(theirs, "deep/mutable", b"first", "sdmf")
+    real_grid.put_at(theirs, "deep/file", b"x" * 1000)
+    (tmp_path / "theirs").write_text(theirs)
+    other = real_grid.mkdir()
+    node = tmp_path / "node"
+    tahoefs("create-client", node, "--introducer", real_grid.introducer_furl)
+    (node / "private" / "aliases").write_text(f"other: {other}\n")
+    with mounted(root_cap) as mount:
+        (mount.path / "new").mkdir()
+        (mount.path / "new" / "pending").write_bytes(b"y" * 1000)
+        (mount.path / "new" / "link").symlink_to("pending")
+        tahoefs("ln", f"@{tmp_path}/theirs", mount.path / "linked")
+        tahoefs("clone", mount.path / "linked", mount.path / "cloned")
+        tahoefs("clone", mount.path / "new", mount.path / "copy")
+        assert (mount.path / "copy" / "link").read_bytes() == b"y" * 1000  # seen at once
+        real_grid.put_at(theirs, "deep/mutable", b"second", "sdmf")
+        assert (mount.path / "cloned" / "deep" / "mutable").read_bytes() == b"first"
+        tahoefs("clone", mount.path / "copy", "other:", "-d", node)  # from a mount, to where there is none
+        tahoefs("clone", "other:copy/pending", mount.path / "back", "-d", node)
+        tahoefs("ln", f"@{tmp_path}/theirs", "other:theirs", "-d", node)
+        tahoefs("clone", "other:theirs/deep", "other:copy", "-d", node)
+        refused = tahoefs("ln", f"@{tmp_path}/theirs", "other:theirs/deep/file", "-d", node, check=False)
+        assert (refused.returncode, refused.stderr) == (1, "tahoefs: other:theirs/deep/file: File exists\n")
+        assert (mount.path / "back").read_bytes() == b"y" * 1000
+    assert real_grid.get(root_cap, "cloned/deep/mutable") == b"first"
+    assert real_grid.get(root_cap, "linked/deep/mutable") == b"second"
+    assert real_grid.get(root_cap, "copy/pending") == b"y" * 1000
+    for path, contents in (
+        ("copy/deep/mutable", b"second"),
+        ("theirs/deep/file", b"x" * 1000),
+        ("copy/link", b"pending"),
+    ):
+        assert real_grid.get(other, path) == contents
+
+
+def test_status_and_sync_tell_what_is_not_sent(real_grid: TahoeGrid, root_cap: str, mounted: Mounter) -> None:
+    with mounted(root_cap) as mount:
+        with real_grid.hung(range(10)):
+            (mount.path / "file").write_bytes(b"z" * 100_000)
+            status = mount.status()
+            assert status["pending"] == {"files": 1, "bytes": 100_000, "directories": 1}
+            [upload] = status["uploads"]
+            assert (upload["name"], upload["bytes"], upload["shares_placed"]) == ("file", 100_000, 0)
+            late = tahoefs("sync", mount.path, "--timeout", "1", check=False)
+            assert (
+                late.returncode == 3 and "not on the grid: 1 file (97.7 KiB), 1 directory, such as file" in late.stderr
+            )
+        mount.sync()
+        status = mount.status()
+        assert status["pending"] == {"files": 0, "bytes": 0, "directories": 0}
+        assert status["throughput"]["pushed_bytes"] >= 100_000 * 10 // 3
+
+
+def test_umount_without_waiting_leaves_the_rest_to_the_next_mount(
+    real_grid: TahoeGrid, root_cap: str, mounted: Mounter
+) -> None:
+    contents = b"left in the journal" * 1000
+    with mounted(root_cap, drain=False) as mount, real_grid.hung(range(10)):
+        (mount.path / "file").write_bytes(contents)
+        said = tahoefs("umount", "--no-wait", mount.path).stdout
+        assert said.endswith("unmounted; left for the next mount to send: 1 file (18.6 KiB), 1 directory\n")
+        assert filesystem_at(mount.path) is None
+    with mounted(root_cap) as mount:
+        assert (mount.path / "file").read_bytes() == contents
+        mount.sync()
+        assert real_grid.get(root_cap, "file") == contents
+
+
+def test_ctrl_c_of_a_mount_in_the_foreground(
+    real_grid: TahoeGrid, root_cap: str, node_dir: Path, tmp_path: Path
+) -> None:
+    """The first sends what is unsent, the second leaves that to the journal."""
+    if (reason := can_mount()) is not None:
+        pytest.skip(reason)
+    where = tmp_path / "mnt1"
+    where.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tahoefs.cli", "mount", "-f", "-", where, "-d", node_dir],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(root_cap)
+        process.stdin.close()
+        wait_until(lambda: filesystem_at(where) == FUSE_TYPE and find_mount(where), "the mount")
+        with real_grid.hung(range(10)):
+            (where / "file").write_bytes(b"w" * 1000)
+            process.send_signal(signal.SIGINT)
+            wait_until(lambda: filesystem_at(where) is None, "it to be unmounted")
+            wait_until(lambda: b"draining" in tahoefs("status", where, "--json").stdout.encode(), "it to drain")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 1
+        said = process.stderr.read()
+    assert "sending 1 file (1000 B), 1 directory" in said
+    assert said.splitlines()[-1] == (
+        "tahoefs: stopped before this was sent: 1 file (1000 B), 1 directory, such as file;"
+        " it is in the journal, and is sent by the next mount"
+    )

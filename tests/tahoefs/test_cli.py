@@ -31,10 +31,11 @@ def test_cap_of_a_literal_without_a_node_directory(tmp_path: Path) -> None:
     assert done.stdout == "URI:LIT:nbswy3dp\n"
 
 
-def test_status_and_sync_load_neither_trio_nor_the_grid() -> None:
-    """They talk to a socket only, so they must not pay for what they do not use."""
+@pytest.mark.parametrize("name", ["status", "sync", "umount", "ln", "clone"])
+def test_what_talks_to_a_socket_loads_neither_trio_nor_the_grid(name: str) -> None:
+    """It must not pay for what it does not use."""
     program = (
-        "import sys, tahoefs.cli, tahoefs.commands.status, tahoefs.commands.sync, tahoefs.commands.umount;"
+        f"import sys, tahoefs.cli, tahoefs.commands.{name};"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'trio', 'grid', 'cache', 'pyfuse3'}))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

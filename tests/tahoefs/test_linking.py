@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from attrs import define, evolve
 
-from cache import Workspace
+from cache import Workspace, open_workspace
 from grid.errors import GridError, NoSuchChildError, WrongKindError
 from grid.formats.caps import LiteralCap, UnknownCap
 from tahoefs import linking as linking_module
@@ -20,7 +20,7 @@ from tahoefs.linking import Found, Linking
 from tahoefs.options import MountOptions
 from tahoefs.targets import Kind
 from tahoefs.vfs import VFS
-from tests.cache.memory_client import QUICK, MemoryClient, get, mounted, put
+from tests.cache.memory_client import QUICK, MemoryClient, get, memory_client, mounted, put
 from tests.tahoefs.vfs_helpers import ME, ROOT
 
 DATA = bytes(range(256)) * 16
@@ -275,6 +275,24 @@ async def test_files_replaced_while_a_tree_is_cloned(tree: Tree, monkeypatch: py
     await tree.clone("dir", "copy")
     tree.client.resume()
     assert await tree.read("copy/a") == DATA * 2 and set(await tree.names("copy")) == {"a"}
+
+
+async def test_clones_of_files_on_their_way_survive_the_daemon(tmp_path: Path) -> None:
+    async with memory_client() as (client, root):
+        async with open_workspace(client, root, state_dir=tmp_path, options=QUICK) as workspace:
+            await workspace.load(workspace.root)
+            client.pause()
+            tree = Tree(client, workspace, vfs := VFS(workspace, options=MountOptions()), Linking(vfs))
+            await tree.put("src/file")
+            await tree.put("src/below/short", b"short")
+            await tree.clone("src", "dst")
+            await tree.workspace.unlink(tree.workspace.root, "src")
+        client.resume()
+        async with open_workspace(client, root, state_dir=tmp_path, options=QUICK) as workspace:
+            tree = Tree(client, workspace, vfs := VFS(workspace, options=MountOptions()), Linking(vfs))
+            assert await tree.read("dst/file") == DATA and await tree.read("dst/below/short") == b"short"
+            await workspace.wait()
+            assert set(await tree.names()) == {"dst"} and client.uploads <= 2
 
 
 async def test_read_only_places(tmp_path: Path) -> None:
