@@ -33,7 +33,7 @@ import trio
 from attrs import define, field
 
 from cache.backoff import delay_s
-from cache.directories import Change, Directory, Kind
+from cache.directories import Change, Directory, Kind, Target
 from cache.journal import Journal
 from cache.options import WorkspaceOptions
 from cache.ordering import may_go
@@ -326,6 +326,15 @@ class Committer:
             self.discard(change, moved_to=moved)
             self.conflicts += 1
             log.warning("%s: %r was changed elsewhere too; ours is now %r", where, change.name, name)
+
+    def name_for(self, directory: Directory, name: str, over: Target | None) -> str:
+        """For what was written over `over`: `name`, or one beside it if that is somebody else's by now."""
+        if not directory.was_changed_elsewhere(name, over):
+            return name
+        beside = self.conflict_name(directory, name, time.time())
+        self.conflicts += 1
+        log.warning("%s: %r was changed elsewhere too; ours is now %r", directory.path or "a directory", name, beside)
+        return beside
 
     def conflict_name(self, directory: Directory, name: str, when: float) -> str:
         """A free name beside `name`, for what was to have it at the POSIX time `when`."""

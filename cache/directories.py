@@ -352,6 +352,13 @@ class Directory:
                 odd.append((change, False))
         return odd
 
+    def was_changed_elsewhere(self, name: str, over: Target | None) -> bool:
+        """Whether somebody else put something under the name since it referred to `over` (None: to nothing)."""
+        change, child = self.changes.get(name), self.base.get(name)
+        if child is None or (change is not None and change.kind is not Kind.METADATA):
+            return False  # it is free; or the change that waits knows its ancestors
+        return not same_thing(child.cap, None if over is None else cap_of(over))
+
     def free_name(self, name: str, suffix: str) -> str:
         """`name` with ` (suffix)` before its extension, and a number if need be: one that nobody has."""
         change = self.changes.get(name)

@@ -342,11 +342,19 @@ class Workspace:
         return kept if isinstance(kept, SealedFile) and kept.size == cap.size else None
 
     async def store(
-        self, directory: Directory, name: str, contents: WritableContents, metadata: dict[str, Any]
-    ) -> tuple[Position, Target]:
+        self,
+        directory: Directory,
+        name: str,
+        contents: WritableContents,
+        metadata: dict[str, Any],
+        *,
+        over: Target | None,
+    ) -> tuple[Position, Target, str]:
         """Seal the contents and link them: as a PendingFile, or at once as a cap if they are short enough for one.
 
-        When it fails or is cancelled the contents are as before.
+        `over` is what the name referred to when the writing began, None for nothing. If it is another client's by now
+        both are kept: the name under which ours is linked is returned. When it fails or is cancelled the contents are
+        as before.
         """
         name = await self._prepare(directory, name, metadata)
         sealed = await contents.seal()
@@ -356,9 +364,10 @@ class Workspace:
             sealed.release()
         else:
             target = PendingFile(sealed, name)
+        name = self._committer.name_for(directory, name, over)
         position = self._journal.begin()
         self._link(directory, name, target, metadata, position)
-        return position, target
+        return position, target, name
 
     async def replace(self, cap: Cap, contents: WritableContents) -> Position:
         """New contents for a mutable file, in place. Raises NotWriteableError, also for MDMF files for now."""

@@ -109,6 +109,7 @@ class Inode:
     target: Target
     metadata: Metadata
     link: Link | None = None
+    lost: Link | None = None  # the name another client took away while somebody here had the file open for writing
     folder: Folder | None = None
     lookups: int = 0  # references the kernel holds
     children: dict[str, Inode] = field(factory=dict)  # the inodes linked below, by name

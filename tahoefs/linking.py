@@ -258,7 +258,7 @@ class Linking:
             metadata = edge.changed(original.metadata, now_ns=time.time_ns(), size=copied.size)
 
             async def store(directory: IDirectory, name: str) -> Target:
-                return (await self._workspace.store(directory, name, copied, metadata))[1]
+                return (await self._workspace.store(directory, name, copied, metadata, over=None))[1]
 
             try:
                 yield store

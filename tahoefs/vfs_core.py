@@ -171,7 +171,7 @@ class VFSCore:
         """The inode behind a name of a loaded folder, made if need be; None when there is no such name.
 
         When another client replaced a file that is open here, the open one keeps its contents, as after a
-        rename over it, and the name gets a new inode.
+        rename over it, and the name gets a new inode. What is written to it is stored beside that.
         """
         if (nascent := folder.nascent.get(name)) is not None:
             return nascent
@@ -179,10 +179,12 @@ class VFSCore:
         entry = folder.directory.get(name) if self.is_shown(name) else None
         if entry is None:
             if known is not None:
-                self.table.unlink(known)
+                self._lose(known)
             return None
-        if known is not None and self._is_still(known, entry):
-            return known
+        if known is not None:
+            if self._is_still(known, entry):
+                return known
+            self._lose(known)
         kind = kind_of(entry.target, entry.metadata)
         return self.table.add(
             parent,
@@ -192,6 +194,12 @@ class VFSCore:
             entry.metadata,
             self._folder_behind(entry.target) if kind is Kind.DIRECTORY else None,
         )
+
+    def _lose(self, inode: Inode) -> None:
+        """Another client removed or replaced what this inode was."""
+        if inode.opened is not None and inode.opened.writers:
+            inode.lost = inode.link
+        self.table.unlink(inode)
 
     def _folder_behind(self, target: Target) -> Folder:
         return self.table.folder_of(self.workspace.directory(target))
@@ -219,7 +227,7 @@ class VFSCore:
             entry = folder.directory.get(link.name) if folder is not None and folder.loaded else None
             if entry is None or not self._is_still(inode, entry):
                 opened = inode.opened is not None
-                self.table.unlink(inode)
+                self._lose(inode)
                 if not opened:
                     raise FSError(errno.ESTALE)
         return View(inode.target, inode.metadata if inode.draft is None else inode.draft)

@@ -184,18 +184,26 @@ class FileOperations(AttributeOperations):
             self._let_go(opened.inode, opened)
 
     async def store(self, inode: Inode) -> Position | None:
-        """Store what was written under the inode's name, if anything was; unlinked files are stored nowhere."""
+        """Store what was written under the inode's name, if anything was; files unlinked here are stored nowhere.
+
+        If the name is another client's by now, ours is stored beside it, and the inode has that name from then on.
+        """
         opened = inode.opened
         if opened is None or not opened.dirty:
             return None
         async with opened.lock:
-            while (link := inode.link) is not None and opened.dirty:
+            while (link := inode.link or self._lost_link(inode)) is not None and opened.dirty:
                 folder = link.parent.folder
                 assert folder is not None
                 async with folder.lock:
-                    if inode.link is link:  # else it was renamed or unlinked while we waited for the lock
+                    if link in (inode.link, inode.lost):  # else it was renamed or unlinked while we waited
                         return await self._store_locked(inode, opened, link, folder)
         return None
+
+    def _lost_link(self, inode: Inode) -> Link | None:
+        """The name it had, unless that was in a directory which is gone as well."""
+        above = inode.lost.parent if inode.lost is not None else None
+        return inode.lost if above is self.table.root or (above is not None and above.link is not None) else None
 
     async def _store_locked(self, inode: Inode, opened: OpenFile, link: Link, folder: Folder) -> Position:
         contents = opened.writable
@@ -215,10 +223,17 @@ class FileOperations(AttributeOperations):
                 if self.can_change(folder):  # its time is noted on the edge, where we may
                     position = await self.workspace.set_metadata(folder.directory, link.name, metadata)
             else:
+                over = None if inode.is_nascent else inode.target
                 with folder.being_changed(added=link.name):
-                    position, target = await self.workspace.store(folder.directory, link.name, contents, metadata)
+                    position, target, name = await self.workspace.store(
+                        folder.directory, link.name, contents, metadata, over=over
+                    )
         if folder.nascent.get(link.name) is inode:
             del folder.nascent[link.name]
+        if not mutable and (inode.link is None or name != link.name):
+            inode.lost = None
+            self.table.link(inode, link.parent, name)
+            self.tell(Invalidation(link.parent.number, name.encode()))
         opened.stored(target)
         inode.metadata, inode.draft = metadata, None
         return position

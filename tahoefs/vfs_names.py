@@ -139,7 +139,9 @@ class NameOperations(FileOperations):
                 )
                 folder.changed_ns = time.time_ns()
                 with folder.being_changed(added=name):
-                    position, target = await self.workspace.store(folder.directory, name, contents, metadata)
+                    position, target, _ = await self.workspace.store(
+                        folder.directory, name, contents, metadata, over=None
+                    )
                 inode = self.table.add(parent, name, kind, target, metadata)
                 found = self._counted(inode)
         finally:

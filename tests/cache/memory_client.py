@@ -133,7 +133,10 @@ async def put(workspace: Workspace, directory: Any, name: str, data: bytes, meta
     """Write a whole file. Returns (position, target)."""
     contents = await workspace.new_contents()
     await contents.write(0, data)
-    return await workspace.store(directory, name, contents, metadata or {})
+    entry = directory.get(name)
+    over = None if entry is None else entry.target
+    position, target, _ = await workspace.store(directory, name, contents, metadata or {}, over=over)
+    return position, target
 
 
 async def get(workspace: Workspace, target: Any) -> bytes:

@@ -182,7 +182,7 @@ async def test_a_change_inside_a_stored_file_needs_only_what_was_written(tmp_pat
             for patch in (b"one", b"two"):  # the second over the first, which is on its way
                 contents = await workspace.new_contents(target)
                 await contents.write(50_000 + len(patch) * (patch == b"two"), patch)
-                _, target = await workspace.store(workspace.root, "file", contents, {})
+                _, target, _ = await workspace.store(workspace.root, "file", contents, {}, over=target)
             await workspace.persist(flush=True)
             await here.kill(workspace)
         async with here.process() as workspace:

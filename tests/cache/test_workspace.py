@@ -20,7 +20,6 @@ from grid.errors import (
     WrongKindError,
 )
 from grid.formats.caps import LiteralCap, UnknownCap
-from grid.formats.directory import DirEntry
 from tests.cache.memory_client import QUICK, MemoryClient, get, memory_client, mounted, put
 
 DATA = bytes(range(256)) * 16  # 4 KiB
@@ -29,12 +28,6 @@ SLOW = evolve(QUICK, publish_quiet_s=3600.0, publish_latest_s=3600.0, new_direct
 
 async def listing(client: MemoryClient, workspace: Workspace) -> dict[str, object]:
     return await client.listing(workspace.root.cap)
-
-
-async def elsewhere(client: MemoryClient, workspace: Workspace, name: str, data: bytes) -> None:
-    """Another client links a file in the root."""
-    node = client.create_node_from_uri(workspace.root.cap)
-    await node.modify({name: lambda old: DirEntry(name, LiteralCap(data), {})})
 
 
 async def test_what_is_stored_is_on_the_grid_after_wait(tmp_path: Path) -> None:
@@ -241,52 +234,6 @@ async def test_a_removed_new_directory_is_never_made(tmp_path: Path) -> None:
         assert workspace.status()["pending"] == {"files": 0, "bytes": 0, "directories": 0}
 
 
-async def test_the_same_name_changed_elsewhere_keeps_both(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with mounted(tmp_path, SLOW) as (client, workspace):
-        _, ours = await put(workspace, workspace.root, "name.txt", b"ours")
-        await elsewhere(client, workspace, "name.txt", b"theirs")
-        await workspace.wait()
-        found = await listing(client, workspace)
-        assert found.pop("name.txt") == LiteralCap(b"theirs")
-        [(name, cap)] = found.items()
-        assert cap == ours and name.startswith("name (conflict 2") and name.endswith(" tester).txt")
-        assert set(workspace.root.entries()) == {"name.txt", name}
-        assert workspace.status()["conflicts"] == 1
-        assert "changed elsewhere too" in caplog.text
-
-
-async def test_a_conflict_is_seen_when_the_directory_is_read_again(tmp_path: Path) -> None:
-    async with mounted(tmp_path, SLOW) as (client, workspace):
-        made = await workspace.make_directory(workspace.root, "v1.0", {})
-        client_root = workspace.root
-        await elsewhere(client, workspace, "v1.0", b"theirs")
-        await workspace.load(client_root, 0)
-        assert len(client_root.entries()) == 2
-        await workspace.wait()
-        found = await listing(client, workspace)
-        assert found.pop("v1.0") == LiteralCap(b"theirs")
-        [(name, cap)] = found.items()
-        assert cap == made.cap and name.startswith("v1.0 (conflict")
-
-
-async def test_replacing_or_removing_what_was_changed_elsewhere(tmp_path: Path) -> None:
-    async with mounted(tmp_path, SLOW) as (client, workspace):
-        for name in ("removed", "replaced", "described"):
-            await put(workspace, workspace.root, name, b"old")
-        await workspace.wait()
-        await workspace.unlink(workspace.root, "removed")
-        await put(workspace, workspace.root, "replaced", b"ours")
-        await workspace.set_metadata(workspace.root, "described", {"mtime": 1})
-        for name in ("removed", "replaced", "described"):
-            await elsewhere(client, workspace, name, b"theirs")
-        await workspace.wait()
-        found = await listing(client, workspace)
-        assert [found.pop(name) for name in ("removed", "replaced", "described")] == [LiteralCap(b"theirs")] * 3
-        assert list(found.values()) == [LiteralCap(b"ours")]
-        entry = workspace.root.get("described")
-        assert entry is not None and "mtime" not in entry.metadata
-
-
 async def test_two_writers_of_different_names_lose_nothing(tmp_path: Path) -> None:
     async with mounted(tmp_path) as (client, workspace):
         root = workspace.root.cap
@@ -438,14 +385,14 @@ async def test_writing_over_what_is_stored(tmp_path: Path) -> None:
         reads = client.calls("read")
         contents = await workspace.new_contents(old.cap)
         await contents.write(1000, b"patched")
-        _, target = await workspace.store(workspace.root, "file", contents, {})
+        _, target, _ = await workspace.store(workspace.root, "file", contents, {}, over=old)
         assert client.calls("read") == reads  # the rest is fetched behind the caller's back
         await workspace.wait()
         expected = data[:1000] + b"patched" + data[1007:]
         assert await client.fetch(target.cap) == expected
         contents = await workspace.new_contents(target.cap, keep=0)
         await contents.write(0, b"new")
-        _, target = await workspace.store(workspace.root, "file", contents, {})
+        _, target, _ = await workspace.store(workspace.root, "file", contents, {}, over=target)
         assert target == LiteralCap(b"new")
 
 
@@ -458,7 +405,7 @@ async def test_appending_to_a_file_that_is_still_on_its_way(tmp_path: Path) -> N
             line = b"line %d of many\n" % number
             contents = await workspace.new_contents(target)
             await contents.write(contents.size, line)
-            _, target = await workspace.store(workspace.root, "log", contents, {})
+            _, target, _ = await workspace.store(workspace.root, "log", contents, {}, over=target)
             expected += line
             assert await get(workspace, target) == expected
         client.resume()
@@ -491,8 +438,8 @@ async def test_convergence_and_the_key_taken_on_the_way(tmp_path: Path) -> None:
         backwards = await workspace.new_contents()
         for offset in reversed(range(0, len(data), 100_000)):
             await backwards.write(offset, data[offset : offset + 100_000])
-        _, a = await workspace.store(workspace.root, "a", in_order, {})
-        _, b = await workspace.store(workspace.root, "b", backwards, {})
+        _, a, _ = await workspace.store(workspace.root, "a", in_order, {}, over=None)
+        _, b, _ = await workspace.store(workspace.root, "b", backwards, {}, over=None)
         await workspace.wait()
         assert a.cap == b.cap and await client.fetch(a.cap) == data
 

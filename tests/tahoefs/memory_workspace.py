@@ -230,15 +230,17 @@ class MemoryWorkspace:
         assert not list(targets)
 
     async def store(
-        self, directory: MemoryDirectory, name: str, contents: MemoryContents, metadata: dict[str, Any], /
-    ) -> tuple[int, Any]:
+        self, directory: MemoryDirectory, name: str, contents: MemoryContents, metadata: dict[str, Any], /, *, over: Any
+    ) -> tuple[int, Any, str]:
         position = await self._called("store")
         contents.close()
+        if name in directory.names and directory.names[name].target not in (over, getattr(over, "cap", None)):
+            name += " (conflict)"
         if name in directory.names:
             self._discard(directory.names[name].target)
         stored = MemoryFile(contents.pages, contents.size)
         directory.put(name, stored, metadata)
-        return position, stored
+        return position, stored, name
 
     async def replace(self, cap: Cap, contents: MemoryContents, /) -> int:
         position = await self._called("replace")

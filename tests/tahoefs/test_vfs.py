@@ -411,6 +411,44 @@ async def test_without_any_listing_the_error_shows(autojump_clock: object) -> No
         await vfs.opendir(ROOT)
 
 
+@pytest.mark.parametrize("new", [True, False])
+async def test_what_is_written_after_another_client_took_the_name_is_stored_beside_it(new: bool) -> None:
+    """And again under that name, as long as it is open; whoever looks the name up finds theirs."""
+    vfs = make_vfs()
+    root = workspace_of(vfs).root
+    if new:
+        handle, number = await create(vfs, b"file", b"ours")
+    else:
+        root.put("file", LiteralCap(b"old"))
+        number = (await vfs.lookup(ROOT, b"file")).number
+        handle, _ = await vfs.open(number, os.O_RDWR, ME)
+    root.put("file", LiteralCap(b"theirs"))
+    if not new:
+        assert (await vfs.lookup(ROOT, b"file")).number != number
+        await vfs.write(handle, 0, b"ours")
+    await vfs.fsync(handle)
+    assert await contents(vfs, b"file (conflict)") == b"ours"
+    await vfs.write(handle, 4, b", and more")
+    await close(vfs, handle)
+    assert await contents(vfs, b"file (conflict)") == b"ours, and more"
+    assert await contents(vfs, b"file") == b"theirs"
+    assert {b"file", b"file (conflict)"} <= set(await names(vfs))
+
+
+async def test_a_file_removed_elsewhere_is_stored_again_when_it_is_written() -> None:
+    vfs = make_vfs()
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    handle, _ = await vfs.open(number, os.O_WRONLY, ME)
+    workspace_of(vfs).root.drop("literal.txt")
+    assert b"literal.txt" not in await names(vfs)
+    async with refused(errno.ENOENT):
+        assert (await vfs.lookup(ROOT, b"literal.txt")).number or True
+        await vfs.unlink(ROOT, b"literal.txt")
+    await vfs.write(handle, 0, b"LIT")
+    await close(vfs, handle)
+    assert await contents(vfs, b"literal.txt") == b"LITeral\n"
+
+
 async def test_a_file_replaced_elsewhere_while_open_stays_what_it_was() -> None:
     vfs = make_vfs()
     number = (await vfs.lookup(ROOT, b"literal.txt")).number
