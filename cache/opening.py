@@ -128,13 +128,13 @@ async def _resume(workspace: Workspace, journal: Journal, local: _Local) -> None
 
     restored = await trio.to_thread.run_sync(replay, local.store, local.rows, None)
     local.spool.sweep({file.file.number for file in restored.files})
-    restored.lost += _lost(local.damaged)
+    _tell(restored, local.damaged)
     workspace.resume(restored)
     for store in await trio.to_thread.run_sync(local.abandoned):
         try:
             rows, damaged = await trio.to_thread.run_sync(store.load)
             restored = await trio.to_thread.run_sync(replay, store, rows, store.files)
-            restored.lost += _lost(damaged)
+            _tell(restored, damaged)
             workspace.adopt(restored)
             await journal.flush()
             await store.clear()
@@ -142,5 +142,10 @@ async def _resume(workspace: Workspace, journal: Journal, local: _Local) -> None
             store.close()
 
 
-def _lost(damaged: list[int]) -> list[str]:
-    return [f"{len(damaged)} damaged entries"] if damaged else []
+def _tell(restored: Restored, damaged: list[int]) -> None:
+    """Of rows that do not open. Nothing can be done with them any more."""
+    if damaged:
+        restored.lost.append(f"{len(damaged)} damaged entries")
+        restored.stale += damaged
+    for lost in restored.lost:
+        log.error("the journal: could not be restored: %s", lost)
