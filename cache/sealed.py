@@ -62,6 +62,7 @@ class SealedFile:
         self._running = running
         self._key: bytes | None = None
         self._digest = digest  # of all that is held, as it stands on the disk; None until somebody took it
+        self._in_row_bytes = 0
         self._synced = synced  # on the disk, and `digest` known
         self.doubted = False  # comes from another process, so that it must be checked before it is believed
         self._filling = trio.Lock()  # held over fetches from the base and spool writes by `fill`, and over `check`
@@ -132,6 +133,7 @@ class SealedFile:
 
     def row(self, number_of: Callable[[Any], int]) -> dict[str, Any] | None:
         """See `cache/replay.py` for the way back."""
+        self._account_row()
         if self.gone:
             return None
         if self.cap is not None:
@@ -157,6 +159,12 @@ class SealedFile:
         elif self._digest is not None:
             row["digest"] = self._digest.hex()
         return row
+
+    def _account_row(self) -> None:
+        """Contents that stand in the row count twice: they are on the disk twice."""
+        in_row = 0 if self.gone or self.cap is not None or not self._fits_row else self.held_bytes
+        self.file.account(in_row - self._in_row_bytes)
+        self._in_row_bytes = in_row
 
     def sync(self) -> None:
         """In a thread: have it on the disk, and know its digest. Raises OSError."""

@@ -171,6 +171,11 @@ class SpoolFile:
     def gone(self) -> bool:
         return self._owners == 0
 
+    def account(self, growth: int) -> None:
+        """For bytes that are kept elsewhere because of this file."""
+        if growth:
+            self._spool.account(growth)
+
     def retain(self) -> Self:
         self._owners += 1
         return self
