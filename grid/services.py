@@ -121,7 +121,7 @@ class _Services:
         self._nursery = nursery
         self._tub = Tub(node.identity, keepalive_s=node.keepalive_s, location=node.location)
         self.port = CombinedPort(tub=self._tub)
-        self._grid = _GridOnDemand(node, nursery)
+        self._grid = _GridOnDemand(node, nursery, self.registry)
         self._store: ShareStore | None = None
         self._helper: Helper | None = None
         self._history: History | None = None
@@ -200,7 +200,6 @@ class _Services:
         self._helper = Helper(files, client.broker, client.uploader, client.secrets)
         await self._nursery.start(self._helper.run)
         self._tub.register(self._helper, settings.swissnum)
-        self.registry.register(client, client_metrics)
         self.registry.register(self._helper, helper_metrics)
         self.names.append("helper")
 
@@ -208,9 +207,10 @@ class _Services:
 class _GridOnDemand:
     """The grid, joined as a client of the same node when somebody first needs it, and left when the node ends."""
 
-    def __init__(self, node: ServerDirectory, nursery: trio.Nursery) -> None:
+    def __init__(self, node: ServerDirectory, nursery: trio.Nursery, registry: Registry) -> None:
         self._node = node
         self._nursery = nursery
+        self._registry = registry
         self._joining = trio.Lock()  # held by the one who joins
         self._client: GridClient | None = None
 
@@ -219,6 +219,7 @@ class _GridOnDemand:
         async with self._joining:
             if self._client is None:
                 self._client = await self._nursery.start(self._run)
+                self._registry.register(self._client, client_metrics)
             return self._client
 
     async def _run(self, *, task_status: trio.TaskStatus[GridClient]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import trio
@@ -56,7 +57,8 @@ QUESTION_TIMEOUT_S: Final = 60.0
 CLOSE_TIMEOUT_S: Final = 10.0
 LEASE_TIMEOUT_S: Final = 15.0
 UPLOADS_MAX: Final = 1000  # runs, most of them waiting
-UPLOADS_AT_ONCE: Final = 8
+FETCHES_AT_ONCE: Final = 128  # each costs READ_BYTES, and its client's line
+STORED_AT_ONCE: Final = 8  # each costs a few segments with all their shares
 CHECKS_AT_ONCE: Final = 16  # searches of the grid for what is there already
 SERVERS_MAX: Final = 2000
 SERVERS_TIMEOUT_S: Final = 20.0  # at the start: for all servers there are
@@ -93,7 +95,8 @@ class Helper(Referenceable):
         self._uploader = uploader
         self._secrets = secrets
         self._runs: dict[bytes, _Run] = {}  # by storage index
-        self._at_once = trio.CapacityLimiter(UPLOADS_AT_ONCE)
+        self._fetching = trio.CapacityLimiter(FETCHES_AT_ONCE)
+        self._storing = trio.CapacityLimiter(STORED_AT_ONCE)
         self._checks = trio.CapacityLimiter(CHECKS_AT_ONCE)
         self._servers_known = trio.Event()  # before that "no server has it" means nothing
         self._nursery: trio.Nursery | None = None
@@ -163,13 +166,9 @@ class Helper(Referenceable):
 
     async def _run(self, run: _Run) -> None:
         try:
-            async with self._at_once:
-                await self._servers_known.wait()
-                try:
-                    run.results = await self._fetch_and_store(run)
-                    self.stored += 1
-                finally:
-                    del self._runs[run.storage_index]  # who comes from now on begins a new run
+            await self._servers_known.wait()
+            run.results = await self._fetch_and_store(run)
+            self.stored += 1
         except RemoteFailure as error:
             run.error = error.type_name, error.message
         except GridError as error:
@@ -178,28 +177,26 @@ class Helper(Referenceable):
         except OSError as error:
             log.error("upload of %s failed: %s", _shown(run), error.strerror)
             run.error = "builtins.OSError", "the helper's disk failed"
+        except Exception:
+            log.exception("upload of %s failed", _shown(run))  # a mistake of ours costs this upload, not the helper
+            run.error = "builtins.RuntimeError", "the helper failed"
         finally:
-            self._runs.pop(run.storage_index, None)
+            del self._runs[run.storage_index]  # who comes from now on begins a new run
             run.done.set()
 
     async def _fetch_and_store(self, run: _Run) -> Copyable:
         began = trio.current_time()
-        path = self._files.whole(run.storage_index)
-        if path is None:
-            partial = await trio.to_thread.run_sync(self._files.partial, run.storage_index)
-            try:
-                await self._fetch(run, partial)
-                path = await trio.to_thread.run_sync(partial.complete)
-            finally:
-                partial.close()
+        async with self._fetching:
+            path = self._files.whole(run.storage_index) or await self._fetch(run)
         run.timings["total_fetch"] = run.timings["cumulative_fetch"] = trio.current_time() - began
         params = _checked(await self._ask(run, "get_all_encoding_parameters"), path.stat().st_size)
-        source = CiphertextFile(path, run.storage_index, params)
-        try:
+        async with self._storing:
             encoding = trio.current_time()
-            stored = await self._uploader.store_ciphertext(source)
-        finally:
-            source.close()
+            source = CiphertextFile(path, run.storage_index, params)
+            try:
+                stored = await self._uploader.store_ciphertext(source)
+            finally:
+                source.close()
         now = trio.current_time()
         run.timings |= {"total_encode_and_push": now - encoding, "total": now - began}
         await trio.to_thread.run_sync(self._files.remove, run.storage_index)
@@ -216,7 +213,16 @@ class Helper(Referenceable):
             verify_cap=CHKVerifyCap(run.storage_index, stored.ueb_hash, stored.k, stored.n, stored.size),
         )
 
-    async def _fetch(self, run: _Run, partial: Partial) -> None:
+    async def _fetch(self, run: _Run) -> Path:
+        """The file with all of the ciphertext."""
+        partial = await trio.to_thread.run_sync(self._files.partial, run.storage_index)
+        try:
+            await self._fetch_rest(run, partial)
+            return await trio.to_thread.run_sync(partial.complete)
+        finally:
+            partial.close()
+
+    async def _fetch_rest(self, run: _Run, partial: Partial) -> None:
         size = await self._ask(run, "get_size")
         if not 0 < size <= FILE_BYTES_MAX:
             raise RemoteFailure("builtins.ValueError", f"this helper takes files of up to {FILE_BYTES_MAX} bytes")

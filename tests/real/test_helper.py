@@ -5,6 +5,7 @@ What a client sends is counted at its socket, by a proxy before the helper.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -193,6 +194,28 @@ def our_node(grid: TahoeGrid, helper: HelperNode, tmp_path: Path) -> Path:
     config = path / "tahoe.cfg"
     config.write_text(config.read_text().replace("[client]\n", f"[client]\nhelper.furl = {helper.furl}\n"))
     return path
+
+
+@pytest.mark.mount
+def test_the_mount_killed_half_way(grid: TahoeGrid, helper: HelperNode, our_node: Path, tmp_path: Path) -> None:
+    """The next mount of the same directory goes on with it, and sends the second half only."""
+    root = grid.mkdir()
+    data = content(SIZE, 44)
+    mounted = mounter(our_node, tmp_path)
+    with mounted(root, drain=False) as mount:
+        start = helper.proxy.sent
+        helper.proxy.hold(start + SIZE // 2)
+        (mount.path / "file").write_bytes(data)
+        assert helper.proxy.holding.wait(120)
+        wait_until(lambda: helper.held() > 0.4 * SIZE, "the helper to have what passed")
+        os.kill(mount.pid, signal.SIGKILL)
+    helper.proxy.release()
+    with mounted(root) as mount:
+        mount.sync(240)
+        assert SIZE < helper.proxy.sent - start < OVERHEAD * SIZE + LOST_BYTES
+        assert (mount.path / "file").read_bytes() == data
+    assert grid.get(root, "file") == data
+    assert is_whole(grid, grid.json(root, "file")[1]["ro_uri"])
 
 
 @pytest.mark.mount

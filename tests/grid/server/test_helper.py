@@ -260,6 +260,20 @@ async def test_a_helper_that_stops_says_so(site: Site) -> None:
         await site.start_helper()
 
 
+async def test_a_mistake_of_ours_costs_one_upload(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: HelperFiles, storage_index: bytes) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HelperFiles, "whole", broken)
+        await site.upload()  # without the helper
+    assert "ZeroDivisionError" in caplog.text and not site.helper.uploads
+    await site.upload(noise(100_000, 9))
+    assert site.helper.stored == 1
+
+
 async def test_too_few_servers_is_the_uploads_error(site: Site) -> None:
     for server in site.grid.servers[:5]:
         server.full = True
