@@ -37,7 +37,7 @@ from cache.directories import Change, Directory, Kind, Target
 from cache.journal import Journal
 from cache.options import WorkspaceOptions
 from cache.ordering import may_go
-from cache.pending import PendingFile
+from cache.pending import PendingFile, Replacement
 from cache.publishing import Published, publish
 from cache.replacements import Replacements
 from cache.spool import Spool
@@ -92,7 +92,7 @@ class Committer:
         self._kick = trio.Event()
         self._urgent: dict[object, int] = {}  # waiter -> position
         self.uploads = Uploads(nursery, client, spool, options, self._uploaded, self.retry_delay_s, self._is_awaited)
-        self.replacements = Replacements(nursery, client, journal, self.retry_delay_s)
+        self.replacements = Replacements(nursery, client, journal, options, self.retry_delay_s, self._is_awaited)
         self.on_published: Callable[[Published], None] = lambda published: None  # somebody may want to keep it
         self.publishes = 0
         self.conflicts = 0
@@ -403,11 +403,12 @@ class Committer:
             state.retry_at = 0.0
             self._touch(directory)
         self.uploads.hurry()
-        self.replacements.retry_now()
+        self.replacements.hurry()
 
-    def _is_awaited(self, file: PendingFile) -> bool:
+    def _is_awaited(self, pending: PendingFile | Replacement) -> bool:
+        effects = pending.links if isinstance(pending, PendingFile) else (pending,)
         upto = max(self._urgent.values(), default=0)
-        return any(change.position <= upto for change in file.links)
+        return any(effect.position <= upto for effect in effects)
 
     def linking(self) -> Iterator[PendingFile]:
         """Files that are stored, under names that are not on the grid yet."""

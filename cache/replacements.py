@@ -1,5 +1,7 @@
 """New contents for mutable files, on their way: the latest for each file counts, one publish of a file at a time.
 
+A file that keeps changing is published when it rests (`cache/settling.py`), or when somebody waits for it.
+
 No locks: what is pending changes between awaits only. A publish that has begun is not cancelled when newer contents
 come, since half a publish would leave the file in two versions; the newer ones follow it.
 """
@@ -13,7 +15,9 @@ from typing import Any, Final
 import trio
 
 from cache.journal import Journal
+from cache.options import WorkspaceOptions
 from cache.pending import Replacement
+from cache.settling import Settling
 from cache.uploads import read_all
 from grid.errors import GridError
 
@@ -27,12 +31,21 @@ class Replacements:
     """By storage index."""
 
     def __init__(
-        self, nursery: trio.Nursery, client: Any, journal: Journal, retry_delay_s: Callable[[int], float]
+        self,
+        nursery: trio.Nursery,
+        client: Any,
+        journal: Journal,
+        options: WorkspaceOptions,
+        retry_delay_s: Callable[[int], float],
+        is_awaited: Callable[[Replacement], bool],
     ) -> None:
         self._nursery = nursery
         self._client = client
         self._journal = journal
         self._retry_delay_s = retry_delay_s
+        self._is_awaited = is_awaited
+        self._settling = Settling(options.settle_s, options.settle_latest_s, trio.current_time)
+        self._due: dict[bytes, float] = {}  # when each may be published: it rests until then
         self._latest: dict[bytes, Replacement] = {}
         self._busy: set[bytes] = set()  # a task sees to these
         self._turns = trio.CapacityLimiter(AT_ONCE)
@@ -54,13 +67,15 @@ class Replacements:
             replacement.position = min(replacement.position, old.position)
         self._journal.add(replacement)
         self._latest[storage_index] = replacement
+        self._due[storage_index], _ = self._settling.note_name(storage_index)
         if old is not None:
             self._let_go(old)
         if storage_index not in self._busy:
             self._busy.add(storage_index)
             self._nursery.start_soon(self._see_to, storage_index)
 
-    def retry_now(self) -> None:
+    def hurry(self) -> None:
+        """Somebody waits: what failed is tried again, and what he waits for rests no longer."""
         self._retry.set()
         self._retry = trio.Event()
 
@@ -74,6 +89,7 @@ class Replacements:
         """Publish this file's contents until there are none newer."""
         try:
             while storage_index in self._latest:
+                await self._rest(storage_index)
                 async with self._turns:
                     replacement = self._latest[storage_index]
                     try:
@@ -86,6 +102,7 @@ class Replacements:
                 if self._latest[storage_index] is not replacement:
                     continue
                 if failure is None:
+                    self._settling.sent_name(storage_index)
                     del self._latest[storage_index]
                     self._let_go(replacement)
                     continue
@@ -94,6 +111,13 @@ class Replacements:
                     await self._retry.wait()
         finally:
             self._busy.discard(storage_index)
+            del self._due[storage_index]
+
+    async def _rest(self, storage_index: bytes) -> None:
+        """Until it has rested, however often it is changed meanwhile, or somebody waits for it."""
+        while trio.current_time() < self._due[storage_index] and not self._is_awaited(self._latest[storage_index]):
+            with trio.move_on_at(self._due[storage_index]):
+                await self._retry.wait()
 
     async def _publish(self, replacement: Replacement) -> None:
         sealed = replacement.sealed.retain()

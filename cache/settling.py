@@ -5,7 +5,8 @@
     in any case                  `latest_s` after the first version that was not sent
 
 It is names that are stored again and again: each version is a PendingFile of its own. A file that is renamed over
-another is one more version of that one, which is how many editors save. The clock is given; no I/O.
+another is one more version of that one, which is how many editors save. A mutable file goes by its storage index. The
+clock is given; no I/O.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from cache.pending import PendingFile
 
 NAMES_MAX: Final = 10_000  # remembered; a name that is forgotten is taken for new
 
-Name: TypeAlias = tuple[int, str]  # id of its Directory; once that is gone it may mean another one: a delay, no harm
+# A storage index; or the id of a Directory, with a name in it: once that is gone it may mean another one, which costs a
+# delay and nothing else.
+Name: TypeAlias = bytes | tuple[int, str]
 
 
 @frozen
@@ -46,10 +49,12 @@ class Settling:
         noted = self._names.setdefault(file, set())
         names = {(id(change.directory), change.name) for change in file.links} - noted
         noted |= names
-        answers = [self._note(name, now) for name in names]
+        answers = [self.note_name(name) for name in names]
         return max((due for due, _ in answers), default=now), any(again for _, again in answers)
 
-    def _note(self, name: Name, now: float) -> tuple[float, bool]:
+    def note_name(self, name: Name) -> tuple[float, bool]:
+        """The same for one name."""
+        now = self._clock()
         last = self._stored.get(name)
         since = now if last is None or last.unsent_since is None else last.unsent_since
         self._stored[name] = _Stored(now, since)
@@ -59,8 +64,11 @@ class Settling:
     def sent(self, file: PendingFile) -> None:
         """What was stored under its names is on the grid."""
         for name in self._names.pop(file, ()):
-            if (stored := self._stored.get(name)) is not None:
-                self._stored[name] = _Stored(stored.at, None)
+            self.sent_name(name)
+
+    def sent_name(self, name: Name) -> None:
+        if (stored := self._stored.get(name)) is not None:
+            self._stored[name] = _Stored(stored.at, None)
 
     def dropped(self, file: PendingFile) -> None:
         """It will not be sent; a newer version of it may."""

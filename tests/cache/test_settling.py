@@ -130,6 +130,23 @@ async def test_a_resting_file_that_is_removed_is_never_sent(tmp_path: Path, mock
         assert client.uploads == 0 and workspace.status()["journal"]["bytes"] == 0
 
 
+async def test_a_mutable_file_that_keeps_changing_is_published_when_it_rests(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    async with mounted(tmp_path, SETTLE) as (client, workspace):
+        node = await client.nodemaker.create_mutable_file(b"first")
+        published = await node.get_best_version()
+        for number in range(16):
+            contents = await workspace.new_contents()
+            await contents.write(0, b"version %d" % number)
+            position = await workspace.replace(node.cap, contents)
+            await pass_by(mock_clock, 0.5, workspace)
+            assert number > 15 or workspace.status()["pending"]["files"] == 1
+        assert (await node.get_best_version()).version == published.version  # eight seconds, and not sent yet
+        await workspace.wait(position)  # takes no time at all
+        assert await node.download_to_data() == b"version 15"
+
+
 async def test_status_tells_how_far_each_file_is(tmp_path: Path, mock_clock: trio.testing.MockClock) -> None:
     """queued, encoding, pushing s of n, linking; and bytes that become less as they go."""
     options = evolve(SETTLE, publish_quiet_s=30.0, publish_latest_s=30.0)
