@@ -37,6 +37,8 @@ COMMANDS: Final = {
     "ln": "link an existing cap under a name",
     "clone": "an instant copy of a file or tree",
     "cap": "what a cap is; which cap a local file has",
+    "check": "is it all there, and right? repairs it, renews leases",
+    "manifest": "everything that can be reached from a directory",
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 BAR_CHARS: Final = 20
+REDRAW_S: Final = 0.1  # objects are counted faster than anyone can read
 
 
 def human_bytes(count: float) -> str:
@@ -44,7 +45,7 @@ def _count(number: int, noun: str) -> str:
 
 
 class Progress:
-    """Files, bytes, rate and time left of what a mount still has to send; drawn in place on standard error."""
+    """What a mount still has to send, or how many objects a command has done; drawn in place on standard error."""
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
@@ -52,6 +53,7 @@ class Progress:
         self._started = time.monotonic()
         self._most = 0
         self._drawn = False
+        self._drawn_at = 0.0
 
     def pending(self, state: dict[str, Any]) -> None:
         """Show one `pending` object of a mount's status: files, bytes (that are left), directories."""
@@ -73,10 +75,22 @@ class Progress:
         if sys.stderr.isatty():
             self._draw(f"{self.verb} {state['done']} of {state['names']}")
 
+    def objects(self, done: int, text: str) -> None:
+        """Show how many objects are done; how many there are in all nobody knows."""
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._drawn_at >= REDRAW_S:
+            self._draw(f"{self.verb}: {_count(done, 'object')}, {done / (now - self._started):.0f}/s, {text}")
+
+    def line(self, text: str) -> None:
+        """A line of the command's own output."""
+        self.clear()
+        sys.stdout.write(f"{text}\n")
+
     def _draw(self, text: str) -> None:
+        sys.stdout.flush()
         sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
         sys.stderr.flush()
-        self._drawn = True
+        self._drawn, self._drawn_at = True, time.monotonic()
 
     def clear(self) -> None:
         """Leave the line free for something else."""

@@ -1,0 +1,169 @@
+"""`tahoefs check`, `manifest` and `tend` beside the real client: the same walk, and what we repair it finds whole."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from grid.formats.base32 import b2a
+from grid.formats.caps import parse_known_cap
+from tests.real.damage import Copies, Damage, deleted, field_flipped, truncated
+from tests.real.mounting import tahoefs
+from tests.real.sample_tree import content
+from tests.real.tahoe_grid import TahoeGrid
+
+pytestmark = pytest.mark.interop
+
+CAPS: Final = ("cap", "verifycap", "repaircap", "readcap")
+
+
+def copies_of(grid: TahoeGrid, cap: str) -> Copies:
+    storage_index = parse_known_cap(cap).storage_index
+    assert storage_index is not None
+    return grid.share_files(b2a(storage_index))
+
+
+def operation(grid: TahoeGrid, cap: str, name: str) -> Any:
+    path = f"/uri/{urllib.parse.quote(cap, safe='')}?t={name}"
+    return [json.loads(line) for line in grid.request("POST", path, b"").splitlines()]
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def make_tree(grid: TahoeGrid) -> str:
+    """Every kind of child, a cycle, and things that are linked twice, deeper first and later first."""
+    root = grid.mkdir()
+    grid.put_at(root, "b.txt", content(100, 1))
+    grid.put_at(root, "a-lit", b"l")
+    grid.put_at(root, "größe", b"mutable", "SDMF")
+    for path in ("sub", "sub/deep", "another"):
+        grid.mkdir_at(root, path)
+    twice = grid.put_at(root, "sub/deep/x", content(5000, 2))
+    grid.link(root, "sub/y", twice)
+    grid.link(root, "loop", root)
+    shared = grid.mkdir()
+    grid.put_at(shared, "inside", content(70, 3))
+    grid.link(root, "another/shared", shared)
+    grid.link(root, "zz", shared)
+    literal = grid.put(b"hi")
+    frozen = {"a": ["filenode", {"ro_uri": twice}], "l": ["filenode", {"ro_uri": literal}]}
+    grid.link(root, "imm", grid.mkdir_immutable(frozen))
+    grid.link(root, "litdir", grid.mkdir_immutable({}))
+    grid.set_children(root, {"unk": ["unknown", {"ro_uri": "ro.lafs://x"}]})
+    return root
+
+
+def test_the_same_walk_as_the_real_client(real_grid: TahoeGrid, node_dir: Path) -> None:
+    root = make_tree(real_grid)
+    manifest = operation(real_grid, root, "stream-manifest")
+    ours = lines(tahoefs("manifest", "-", "--json", "-d", node_dir, stdin=root).stdout)
+    assert ours == manifest
+    stats = json.loads(tahoefs("manifest", "-", "--stats", "--json", "-d", node_dir, stdin=root).stdout)
+    assert stats == manifest[-1]["stats"]
+    caps = tahoefs("manifest", "-", "--verify-caps", "-d", node_dir, stdin=root).stdout.split()
+    assert caps == [unit["verifycap"] for unit in manifest[:-1] if unit["verifycap"]]
+
+    found = operation(real_grid, root, "stream-deep-check")
+    for unit in found:
+        for name in CAPS:
+            unit.pop(name, None)
+    *units, stats, totals = lines(tahoefs("check", "-", "--deep", "--json", "-d", node_dir, stdin=root).stdout)
+    for unit in (*units, *found[:-1]):
+        results = unit["check-results"]["results"]
+        for name in ("list-invalid-shares", "list-incompatible-shares", "servers-silent"):
+            results.pop(name, None)
+        if results.get("servers-responding"):
+            results["servers-responding"].sort()
+    assert [*units, stats] == found
+    assert (totals["count-objects-checked"], totals["count-objects-healthy"]) == (11, 11)
+    shown = tahoefs("check", "-", "--deep", "-d", node_dir, stdin=root).stdout.splitlines()
+    assert shown[0] == "'<root>': Healthy" and "'sub/y': Healthy" in shown and "'a-lit': Healthy (LIT)" in shown
+    assert shown[-1] == "done: 11 objects checked, 11 healthy, 0 unhealthy"
+
+
+DAMAGES: Final[dict[str, Damage]] = {
+    "three deleted": deleted(1, 5, 9),
+    "corrupt": field_flipped("data", 2, 4),
+    "cut": truncated(300, 7),
+    "only k left": deleted(*range(7)),
+}
+
+
+@pytest.mark.parametrize("kind", ["CHK", "SDMF", "DIR2"])
+def test_what_we_repair_the_real_client_finds_whole(real_grid: TahoeGrid, node_dir: Path, kind: str) -> None:
+    """With n distinct shares, none twice. A corrupt immutable share stays: its number is made elsewhere."""
+    data = content(70_000, 7)
+    if kind == "DIR2":
+        cap = real_grid.mkdir()
+        for name in ("x", "y"):
+            real_grid.put_at(cap, name, data[:100])
+    else:
+        cap = real_grid.put(data, kind)
+    for name, damage in DAMAGES.items():
+        if kind == "CHK":  # each from its own file, since corrupt shares of the last one stay
+            cap = real_grid.put(content(70_000, len(name)))
+        damage(real_grid, copies_of(real_grid, cap))
+        assert tahoefs("check", "-", "--verify", "-d", node_dir, stdin=cap, check=False).returncode == 1
+        done = tahoefs("check", "-", "--verify", "--repair", "--json", "-d", node_dir, stdin=cap)
+        answer = json.loads(done.stdout)
+        assert (answer["repair-attempted"], answer["repair-successful"]) == (True, True), name
+        results = real_grid.check(cap)["results"]
+        assert results["healthy"] and results["count-shares-good"] == 10, name
+        assert all(len(servers) == 1 for servers in results["sharemap"].values()), name
+        bad = sum(map(len, copies_of(real_grid, cap).values())) - 10
+        assert bad == (len(answer["pre-repair-results"]["results"]["list-corrupt-shares"]) if kind == "CHK" else 0)
+        assert results["count-corrupt-shares"] == bad
+    if kind == "SDMF":
+        assert real_grid.get(cap) == data
+    elif kind == "DIR2":
+        assert real_grid.get(cap, "y") == data[:100]
+
+
+def test_codes_and_who_may_repair(real_grid: TahoeGrid, node_dir: Path) -> None:
+    cap = real_grid.put(content(1000, 8), "SDMF")
+    known = parse_known_cap(cap)
+    deleted(0)(real_grid, copies_of(real_grid, cap))
+    for weaker in (known.readonly, known.verifier):
+        done = tahoefs("check", "-", "--repair", "-d", node_dir, stdin=str(weaker), check=False)
+        assert done.returncode == 4 and "write cap" in done.stderr
+        assert str(weaker) not in done.stderr + done.stdout
+    assert tahoefs("check", "-", "-d", node_dir, stdin=str(known.verifier), check=False).returncode == 1
+    deleted(*range(1, 8))(real_grid, copies_of(real_grid, cap))
+    done = tahoefs("check", "-", "-d", node_dir, stdin=str(known.verifier), check=False)
+    assert done.returncode == 5 and "no versions are recoverable" in done.stdout
+    history = tahoefs("check", "-", "--history", "-d", node_dir, stdin=cap).stdout.splitlines()
+    assert [line.partition("  ")[2][:9] for line in history[-2:]] == ["Unhealthy", "Unhealthy"]
+    assert json.loads(tahoefs("check", "-", "--history", "--json", "-d", node_dir, stdin=cap).stdout)[-1]["when"]
+
+
+def test_an_interrupted_deep_check_is_resumed(real_grid: TahoeGrid, node_dir: Path) -> None:
+    """Ctrl-C in the middle; what was checked is not asked for again, and the output is whole in the end."""
+    root = real_grid.mkdir()
+    files = {f"f{n:03}": ["filenode", {"ro_uri": real_grid.put(content(60 + n, n))}] for n in range(60)}
+    real_grid.set_children(root, files)
+    command = [sys.executable, "-m", "tahoefs.cli", "check", "-", "--deep", "--verify", "--json", "-d", str(node_dir)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(root)
+    process.stdin.close()
+    process.stdin = None
+    assert json.loads(process.stdout.readline())["path"] == []
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors, errors
+    *units, stats, totals = lines(tahoefs(*command[3:], "--resume", stdin=root).stdout)
+    assert [unit["path"] for unit in units] == [[], *([name] for name in sorted(files))]
+    assert totals["count-objects-healthy"] == 61 and stats["stats"]["count-immutable-files"] == 60
+    seen = json.loads(tahoefs("check", "-", "--history", "--json", "-d", node_dir, stdin=root).stdout)
+    assert len(seen) == 1, "the root was checked before the interruption, and not again"
