@@ -24,6 +24,7 @@ from grid.errors import NodeDirectoryError
 FILE_NAME: Final = "checker_results.db"
 RESULTS_KEPT: Final = 10  # of each object
 RUNS_KEPT: Final = 20
+RESUME_WITHIN_S: Final = 3 * 86400.0  # after its begin; what a run found before that says little about today
 BUSY_TIMEOUT_S: Final = 10.0  # waited for another process that writes
 RESULT_BYTES_MAX: Final = 16 << 20  # of one result, as JSON: believed only up to here when read back
 
@@ -91,18 +92,17 @@ class CheckHistory:
 
     # --- deep checks
 
-    def begin_run(self, root: bytes, how: str, now: float, *, resume: bool) -> tuple[int, int]:
-        """(number, objects checked in it already): a new run, or the last one of this root and kind if it was
-        interrupted. `root`: 16 bytes that stand for the root's cap and tell nothing of it.
+    def begin_run(self, root: bytes, how: str, now: float, *, resume: bool) -> int:
+        """The number of a new run, or of the last one of this root and kind if that was interrupted, not too long ago.
+
+        `root`: 16 bytes that stand for the root's cap and tell nothing of it.
         """
         if resume:
             row = self._db.execute(
-                "SELECT id, (SELECT count(*) FROM checked WHERE run = id), finished FROM runs "
-                "WHERE root = ? AND how = ? ORDER BY id DESC LIMIT 1",
-                (root, how),
+                "SELECT id, began, finished FROM runs WHERE root = ? AND how = ? ORDER BY id DESC LIMIT 1", (root, how)
             ).fetchone()
-            if row is not None and row[2] is None:
-                return row[0], row[1]
+            if row is not None and row[2] is None and now - row[1] < RESUME_WITHIN_S:
+                return int(row[0])
         cursor = self._db.execute("INSERT INTO runs (root, how, began) VALUES (?, ?, ?)", (root, how, now))
         number = cursor.lastrowid
         assert number is not None
@@ -111,7 +111,7 @@ class CheckHistory:
             "DELETE FROM checked WHERE run <= ? OR run IN (SELECT id FROM runs WHERE root = ? AND how = ? AND id < ?)",
             (number - RUNS_KEPT, root, how, number),
         )
-        return number, 0
+        return number
 
     def note_checked(self, run: int, key: bytes, results: dict[str, Any]) -> None:
         self._db.execute("INSERT OR REPLACE INTO checked VALUES (?, ?, ?)", (run, key, _pack(results)))

@@ -39,6 +39,9 @@ COMMANDS: Final = {
     "cap": "what a cap is; which cap a local file has",
     "check": "is it all there, and right? repairs it, renews leases",
     "manifest": "everything that can be reached from a directory",
+    "tend": "renew leases and repair, now and then; verify caps are enough",
+    "have": "is a local file safely on the grid?",
+    "freeze": "an immutable snapshot of a tree; only directories are uploaded",
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

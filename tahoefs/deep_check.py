@@ -1,4 +1,4 @@
-"""Checks everything below a directory, several objects at a time, and tells of each in the order of the walk.
+"""Checks many objects, such as everything below a directory: several at a time, and tells of each in their order.
 
     walk ── OBJECTS_AT_ONCE checks, repairs, lease renewals ── a window of WINDOW objects ── emit, in order
 
@@ -9,10 +9,9 @@ what it knows. Source: the units of Tahoe-LAFS 1.20's stream-deep-check, without
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from grid.check_history import CheckHistory
 from grid.formats.base32 import b2a
 from grid.nodes.checker import Checker
 from grid.nodes.deep_stats import DeepStats
-from grid.nodes.traversal import Visit, walk
+from grid.nodes.traversal import Visit, visit_key
 from grid.operations.check_results import CheckResults, RepairResults
 
 log = logging.getLogger(__name__)
@@ -95,6 +94,14 @@ class Totals:
     def unhealthy(self) -> int:
         return self.checked - self.healthy
 
+    @property
+    def healthy_all(self) -> bool:
+        return not self.unhealthy and not self.unread
+
+    @property
+    def recoverable_all(self) -> bool:
+        return not self.unrecoverable and not self.unread
+
     def add(self, unit: Json) -> None:
         self.objects += 1
         self.unread += "error" in unit
@@ -142,23 +149,26 @@ def unit_of(visit: Visit) -> Json:
     return unit
 
 
+def root_key(cap: grid.Cap) -> bytes:
+    """What stands for a root in the history; tells nothing of its cap."""
+    return visit_key(cap) or bytes(16)
+
+
 @define(eq=False)
 class DeepCheck:
     """One deep check. `emit` is called with each object's unit, in the order of the walk."""
 
-    client: grid.GridClient
     checker: Checker
     history: CheckHistory
-    root: grid.Cap = field(repr=False)
     wish: Wish
     emit: Callable[[Json], None]
     totals: Totals = field(factory=Totals)
-    taken_over: int = 0  # objects that an interrupted check had done
 
-    async def run(self, *, resume: bool = False) -> Totals:
-        """Check everything; `resume` goes on with the last one of this root and wish, if that was interrupted."""
-        root = hashlib.sha256(str(self.root.verifier).encode()).digest()[:16]
-        number, self.taken_over = self.history.begin_run(root, str(self.wish), time.time(), resume=resume)
+    async def run(self, root: bytes, visits: AsyncGenerator[Visit, None], *, resume: bool = False) -> Totals:
+        """Check all of `visits`; `resume` goes on with the last one of this `root` (16 bytes that stand for where they
+        come from) and wish, if that was interrupted.
+        """
+        number = self.history.begin_run(root, str(self.wish), time.time(), resume=resume)
         limiter = trio.CapacityLimiter(OBJECTS_AT_ONCE)
         send, receive = trio.open_memory_channel[tuple[Visit, Json, trio.Event]](WINDOW)
 
@@ -176,7 +186,7 @@ class DeepCheck:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tell)
-            async with send, aclosing(walk(self.client.nodemaker, self.root)) as visits:
+            async with send, aclosing(visits):
                 async for visit in visits:
                     unit, done = unit_of(visit), trio.Event()
                     await send.send((visit, unit, done))

@@ -35,10 +35,10 @@ class Found:
     cap: grid.Cap = field(repr=False)
     label: str  # fit to be shown
 
-    @property
-    def missing_servers(self) -> int:
-        """Known, and not connected now."""
-        return sum(not server.connected for server in self.client.broker.get_known_servers())
+
+def missing_servers(client: grid.GridClient) -> int:
+    """Servers known, and not connected now."""
+    return sum(not server.connected for server in client.broker.get_known_servers())
 
 
 def look_up(what: str, node_dir: Path) -> What:
@@ -80,14 +80,18 @@ async def joined(
 async def on_grid(what: str, node_dir: Path) -> AsyncIterator[Found]:
     """Raises UserError, BadCapError, GridUnreachableError, NoSuchChildError, WrongKindError."""
     target = look_up(what, node_dir)
+    needs_servers = grid.parse_known_cap(target.cap).storage_index is not None
+    async with joined(node_directory_of(target, node_dir), target.local, need_servers=needs_servers) as client:
+        yield Found(client, await find(client, target), target.label)
+
+
+async def find(client: grid.GridClient, target: What) -> grid.Cap:
+    """The cap at the end of the path. Raises BadCapError, NoSuchChildError, WrongKindError."""
     cap: grid.Cap = grid.parse_known_cap(target.cap)
-    async with joined(
-        node_directory_of(target, node_dir), target.local, need_servers=cap.storage_index is not None
-    ) as client:
-        for part in target.path:
-            node = client.create_node_from_uri(cap)
-            if not cap.is_directory or not hasattr(node, "get"):
-                raise grid.WrongKindError(f"{target.label}: a part of the path is not a directory that can be read")
-            with trio.fail_after(FIND_TIMEOUT_S):
-                cap = (await node.get(part)).cap
-        yield Found(client, cap, target.label)
+    for part in target.path:
+        node = client.create_node_from_uri(cap)
+        if not cap.is_directory or not hasattr(node, "get"):
+            raise grid.WrongKindError(f"{target.label}: a part of the path is not a directory that can be read")
+        with trio.fail_after(FIND_TIMEOUT_S):
+            cap = (await node.get(part)).cap
+    return cap

@@ -14,7 +14,10 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 SIZE_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+TIME_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 TIMEOUT_S_MAX: Final = 3600.0
+LEASE_RENEW_S_MIN: Final = 3600.0
+LEASE_RENEW_S_MAX: Final = 30 * 86400.0
 
 # Understood by the kernel or libfuse; handed on untouched.
 PASSED_ON: Final = frozenset(
@@ -60,6 +63,7 @@ class MountOptions:
     poll_s: float = 5.0  # how stale another writer's change may be
     timeout_s: float | None = None  # deadline of one file system request; None: 30 s data, 10 s metadata
     convergence: str = "node"
+    lease_renew_s: float | None = 7 * 86400.0  # leases of what the mount can reach are renewed so often; None: never
     fuse: frozenset[str] = frozenset()
 
     @classmethod
@@ -97,6 +101,22 @@ def parse_size(text: str) -> int:
     if not match:
         raise ValueError("expected a size such as 512M or 5G")
     return int(match[1]) * SIZE_UNITS[match[2]]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, from a number with a unit: s, m, h, d or w."""
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text.strip().lower())
+    if not match or not int(match[1]):
+        raise ValueError("expected a time such as 12h or 7d")
+    return float(int(match[1]) * TIME_UNITS[match[2]])
+
+
+def _lease_renew(text: str) -> float | None:
+    if text == "off":
+        return None
+    if not LEASE_RENEW_S_MIN <= (seconds := parse_duration(text)) <= LEASE_RENEW_S_MAX:
+        raise ValueError("expected 'off', or a time from 1h to 30d: servers may drop a lease after 31 days")
+    return seconds
 
 
 def _choice(*allowed: str) -> Any:
@@ -150,5 +170,6 @@ _VALUES: Final[dict[str, tuple[str, Any]]] = {
     "metrics_port": ("metrics_port", _port),
     "poll": ("poll_s", _seconds),
     "timeout": ("timeout_s", _timeout),
+    "lease_renew": ("lease_renew_s", _lease_renew),
     "convergence": ("convergence", _choice("node", "none")),
 }

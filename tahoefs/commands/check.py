@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -15,6 +14,7 @@ from tahoefs.errnos import EXIT_DAMAGED, EXIT_FAILED, EXIT_UNREACHABLE
 from tahoefs.progress import Progress
 
 if TYPE_CHECKING:
+    from grid import GridClient
     from grid.operations.check_results import CheckResults
     from tahoefs.deep_check import Json, Wish
     from tahoefs.on_grid import Found
@@ -66,13 +66,15 @@ def command(
     )
 
 
-def exit_code(found: Found, *, healthy: bool, recoverable: bool) -> int:
+def exit_code(client: GridClient, *, healthy: bool, recoverable: bool) -> int:
     """What cannot be recovered while servers are missing may be so another time."""
+    from tahoefs.on_grid import missing_servers
+
     if healthy:
         return 0
     if recoverable:
         return EXIT_FAILED
-    return EXIT_UNREACHABLE if found.missing_servers else EXIT_DAMAGED
+    return EXIT_UNREACHABLE if missing_servers(client) else EXIT_DAMAGED
 
 
 # --- one object
@@ -96,13 +98,14 @@ async def _one(what: str, node_dir: Path, wish: Wish, as_json: bool) -> int:
             if wish.add_lease and results.checkable:
                 renewed, failed = outcome.leases
                 click.echo(f" leases: renewed on {renewed} servers" + (f", failed on {failed}" if failed else ""))
-        return exit_code(found, healthy=results.healthy, recoverable=results.recoverable)
+        return exit_code(found.client, healthy=results.healthy, recoverable=results.recoverable)
 
 
 def _show(results: CheckResults, found: Found) -> None:
     """As `tahoe check` does, and a little more."""
     from grid.formats.base32 import b2a
     from grid.operations.check_results import short_server
+    from tahoefs.on_grid import missing_servers
 
     click.echo(f"Summary: {results.summary}{'' if results.checkable else ' (LIT)'}")
     if results.storage_index is None:
@@ -115,34 +118,32 @@ def _show(results: CheckResults, found: Found) -> None:
         click.echo(f" corrupt: share {share.share_number} on server {short_server(share.server_id)}: {share.reason}")
     for server_id, number in results.incompatible:
         click.echo(f" share {number} on server {short_server(server_id)} is of a kind this version does not know")
-    if results.silent or found.missing_servers:
-        click.echo(f" servers that did not answer: {len(results.silent) + found.missing_servers}")
+    if results.silent or missing_servers(found.client):
+        click.echo(f" servers that did not answer: {len(results.silent) + missing_servers(found.client)}")
 
 
 # --- everything below it
 
 
 async def _deep(what: str, node_dir: Path, wish: Wish, resume: bool, as_json: bool) -> int:
-    import trio
-
     from grid.check_history import CheckHistory
-    from tahoefs.deep_check import DeepCheck
+    from grid.nodes.traversal import walk
+    from tahoefs.deep_check import DeepCheck, root_key
     from tahoefs.on_grid import on_grid
+    from tahoefs.signals import until_signal
 
     async with on_grid(what, node_dir) as found:
         with Progress("checking") as progress, CheckHistory(found.client.node.path) as history:
 
             def emit(unit: Json) -> None:
-                progress.line(json.dumps(unit) if as_json else _line(unit))
+                progress.line(json.dumps(unit) if as_json else unit_line(unit))
                 totals = check.totals
                 progress.objects(totals.objects, f"{totals.unhealthy} unhealthy" if totals.unhealthy else "all well")
 
-            check = DeepCheck(found.client, found.client.checker(history), history, found.cap, wish, emit)
-            with trio.CancelScope() as scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_cancel_on_signal, scope)
-                    await check.run(resume=resume)
-                    nursery.cancel_scope.cancel()
+            check = DeepCheck(found.client.checker(history), history, wish, emit)
+            visits = walk(found.client.nodemaker, found.cap)
+            async with until_signal() as scope:
+                await check.run(root_key(found.cap), visits, resume=resume)
         totals = check.totals
         if scope.cancelled_caught:
             click.echo(f"tahoefs: stopped after {totals.objects} objects; --resume goes on from there", err=True)
@@ -151,20 +152,11 @@ async def _deep(what: str, node_dir: Path, wish: Wish, resume: bool, as_json: bo
             click.echo(json.dumps({"type": "stats", "stats": totals.stats.to_json()}))
             click.echo(json.dumps(totals.to_json()))
         else:
-            click.echo(_totals_line(totals.to_json(), wish))
-        healthy = not totals.unhealthy and not totals.unread
-        return exit_code(found, healthy=healthy, recoverable=not (totals.unrecoverable or totals.unread))
+            click.echo(totals_line(totals.to_json(), wish))
+        return exit_code(found.client, healthy=totals.healthy_all, recoverable=totals.recoverable_all)
 
 
-async def _cancel_on_signal(scope: Any) -> None:
-    import trio
-
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
-
-
-def _line(unit: Json) -> str:
+def unit_line(unit: Json) -> str:
     """As `tahoe deep-check -v` has it."""
     repair = unit.get("check-and-repair-results")
     results = repair.get("post-repair-results", repair) if repair else unit["check-results"]
@@ -175,7 +167,7 @@ def _line(unit: Json) -> str:
     return f"{'/'.join(unit['path']) or '<root>'!r}: {summary}" + (f" ({'; '.join(extra)})" if extra else "")
 
 
-def _totals_line(totals: Json, wish: Wish) -> str:
+def totals_line(totals: Json, wish: Wish) -> str:
     text = "done: {count-objects-checked} objects checked, {count-objects-healthy} healthy"
     text += ", {count-objects-unhealthy} unhealthy"
     if totals["count-objects-unrecoverable"]:

@@ -23,6 +23,11 @@ def command(path: Path, timeout_s: float | None) -> None:
 
     Fails, and says how much is not there, after three failures of one thing or two minutes without any progress.
     """
+    wait_until_sent(path, timeout_s)
+
+
+def wait_until_sent(path: Path, timeout_s: float | None = None) -> None:
+    """What the command does. Raises UserError, ControlError."""
     found = find_mount(path)
     if found is None:
         raise UserError(f"{path}: not in a tahoefs mount of yours")
