@@ -73,13 +73,20 @@ class CheckHistory:
     def close(self) -> None:
         self._db.close()
 
+    def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """Raises NodeDirectoryError."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise NodeDirectoryError(f"{FILE_NAME}: {error}") from None
+
     # --- results
 
     def remember(self, storage_index: bytes, at: float, *, verified: bool, results: dict[str, Any]) -> None:
         """`results` as CheckResults.to_json() has them; `at`: POSIX seconds."""
         row = (storage_index, at, verified, _pack(results))
-        self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?)", row)
-        self._db.execute(
+        self._execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?)", row)
+        self._execute(
             "DELETE FROM results WHERE storage_index = ?1 AND at < (SELECT min(at) FROM "
             "(SELECT at FROM results WHERE storage_index = ?1 ORDER BY at DESC LIMIT ?2))",
             (storage_index, RESULTS_KEPT),
@@ -87,7 +94,7 @@ class CheckHistory:
 
     def results_for(self, storage_index: bytes) -> list[tuple[float, dict[str, Any]]]:
         """(when, results), oldest first. What cannot be read any more is left out."""
-        rows = self._db.execute("SELECT at, json FROM results WHERE storage_index = ? ORDER BY at", (storage_index,))
+        rows = self._execute("SELECT at, json FROM results WHERE storage_index = ? ORDER BY at", (storage_index,))
         return [(at, results) for at, packed in rows if (results := _unpack(packed)) is not None]
 
     # --- deep checks
@@ -98,55 +105,55 @@ class CheckHistory:
         `root`: 16 bytes that stand for the root's cap and tell nothing of it.
         """
         if resume:
-            row = self._db.execute(
+            row = self._execute(
                 "SELECT id, began, finished FROM runs WHERE root = ? AND how = ? ORDER BY id DESC LIMIT 1", (root, how)
             ).fetchone()
             if row is not None and row[2] is None and now - row[1] < RESUME_WITHIN_S:
                 return int(row[0])
-        cursor = self._db.execute("INSERT INTO runs (root, how, began) VALUES (?, ?, ?)", (root, how, now))
+        cursor = self._execute("INSERT INTO runs (root, how, began) VALUES (?, ?, ?)", (root, how, now))
         number = cursor.lastrowid
         assert number is not None
-        self._db.execute("DELETE FROM runs WHERE id <= ?", (number - RUNS_KEPT,))
-        self._db.execute(
+        self._execute("DELETE FROM runs WHERE id <= ?", (number - RUNS_KEPT,))
+        self._execute(
             "DELETE FROM checked WHERE run <= ? OR run IN (SELECT id FROM runs WHERE root = ? AND how = ? AND id < ?)",
             (number - RUNS_KEPT, root, how, number),
         )
         return number
 
     def note_checked(self, run: int, key: bytes, results: dict[str, Any]) -> None:
-        self._db.execute("INSERT OR REPLACE INTO checked VALUES (?, ?, ?)", (run, key, _pack(results)))
+        self._execute("INSERT OR REPLACE INTO checked VALUES (?, ?, ?)", (run, key, _pack(results)))
 
     def checked_in(self, run: int, key: bytes) -> dict[str, Any] | None:
-        row = self._db.execute("SELECT json FROM checked WHERE run = ? AND key = ?", (run, key)).fetchone()
+        row = self._execute("SELECT json FROM checked WHERE run = ? AND key = ?", (run, key)).fetchone()
         return None if row is None else _unpack(row[0])
 
     def finish_run(self, run: int, now: float) -> None:
-        self._db.execute("UPDATE runs SET finished = ? WHERE id = ?", (now, run))
-        self._db.execute("DELETE FROM checked WHERE run = ?", (run,))
+        self._execute("UPDATE runs SET finished = ? WHERE id = ?", (now, run))
+        self._execute("DELETE FROM checked WHERE run = ?", (run,))
 
     # --- leases
 
     def lease_cycle(self, root: bytes) -> int:
         """The number of the cycle under way: one more than that of the last that came to its end."""
-        row = self._db.execute("SELECT max(cycle) FROM leases WHERE root = ? AND key = x''", (root,)).fetchone()
+        row = self._execute("SELECT max(cycle) FROM leases WHERE root = ? AND key = x''", (root,)).fetchone()
         return (row[0] or 0) + 1
 
     def note_lease(self, root: bytes, key: bytes, at: float | None, cycle: int) -> None:
         """Found in this cycle; `at`: renewed just now, or None when it was left as it is."""
         if at is None:
-            self._db.execute("UPDATE leases SET cycle = ? WHERE root = ? AND key = ?", (cycle, root, key))
+            self._execute("UPDATE leases SET cycle = ? WHERE root = ? AND key = ?", (cycle, root, key))
         else:
-            self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", (root, key, at, cycle))
+            self._execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", (root, key, at, cycle))
 
     def lease_of(self, root: bytes, key: bytes) -> float | None:
         """When it was renewed last."""
-        row = self._db.execute("SELECT at FROM leases WHERE root = ? AND key = ?", (root, key)).fetchone()
+        row = self._execute("SELECT at FROM leases WHERE root = ? AND key = ?", (root, key)).fetchone()
         return None if row is None else row[0]
 
     def finish_lease_cycle(self, root: bytes, at: float, cycle: int) -> None:
         """What was not found in it is gone from the tree."""
-        self._db.execute("DELETE FROM leases WHERE root = ? AND key != x'' AND cycle < ?", (root, cycle))
-        self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, x'', ?, ?)", (root, at, cycle))
+        self._execute("DELETE FROM leases WHERE root = ? AND key != x'' AND cycle < ?", (root, cycle))
+        self._execute("INSERT OR REPLACE INTO leases VALUES (?, x'', ?, ?)", (root, at, cycle))
 
     def last_lease_cycle(self, root: bytes) -> float | None:
         """When the last complete one came to its end."""
@@ -154,7 +161,7 @@ class CheckHistory:
 
     def oldest_lease(self, root: bytes) -> float | None:
         """When the lease was renewed that was not for longest, of all that is known to be in the tree."""
-        row = self._db.execute("SELECT min(at) FROM leases WHERE root = ? AND key != x''", (root,)).fetchone()
+        row = self._execute("SELECT min(at) FROM leases WHERE root = ? AND key != x''", (root,)).fetchone()
         return row[0]  # type: ignore[no-any-return]
 
 

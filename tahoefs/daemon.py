@@ -50,6 +50,7 @@ from tahoefs.control import serve_control
 from tahoefs.errnos import exit_code_of
 from tahoefs.exposition import stats_command
 from tahoefs.failures import leaf_error
+from tahoefs.lease_keeper import LeaseKeeper
 from tahoefs.logs import set_up_logging
 from tahoefs.metrics_endpoint import serve_metrics
 from tahoefs.mount_config import MountConfig, log_file
@@ -130,9 +131,10 @@ async def _serve(
     show: Show,
 ) -> None:
     where = Path(config.mountpoint)
+    keeper = LeaseKeeper.open(client, workspace.root.cap, options.lease_renew_s)
     k, _, n = client.node.encoding
     vfs = VFS(workspace, options=options, free_bytes=lambda: grid_free_bytes(client.broker.get_known_servers(), k, n))
-    control = MountControl(config, client, workspace, vfs)
+    control = MountControl(config, client, workspace, vfs, keeper)
     registry = _statistics(client, workspace, vfs)
     commands = control.commands() | {"stats": stats_command(registry, config.label)}
     with registered(Path(config.node_dir), where) as socket_path:
@@ -162,6 +164,8 @@ async def _serve(
                 ready()
                 note(f"{config.label} is mounted on {where}")
                 mounted.start_soon(_cancel_when, stop, mounted.cancel_scope)
+                if keeper is not None:
+                    mounted.start_soon(keeper.run)
                 await unmounted.wait()
                 mounted.cancel_scope.cancel()
             control.state = "draining"

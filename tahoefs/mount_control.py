@@ -27,6 +27,7 @@ from cache import Workspace
 from grid.errors import GridError
 from tahoefs.control import Command, Progress
 from tahoefs.errnos import exit_code_of
+from tahoefs.lease_keeper import LeaseKeeper
 from tahoefs.link_requests import LinkRequests
 from tahoefs.mount_config import MountConfig
 from tahoefs.progress import in_words
@@ -49,13 +50,21 @@ class UnsentError(Exception):
 class MountControl:
     """One mount's answers. `state` is what `status` shows; `detached` is set when somebody asked for that."""
 
-    def __init__(self, config: MountConfig, client: grid.GridClient, workspace: Workspace, vfs: VFS) -> None:
+    def __init__(
+        self,
+        config: MountConfig,
+        client: grid.GridClient,
+        workspace: Workspace,
+        vfs: VFS,
+        keeper: LeaseKeeper | None = None,
+    ) -> None:
         self.state = "online"
         self.detached = trio.Event()
         self._config = config
         self._client = client
         self._workspace = workspace
         self._links = LinkRequests(vfs)
+        self._keeper = keeper
         self._started = time.time()
 
     def commands(self) -> dict[str, Command]:
@@ -83,6 +92,7 @@ class MountControl:
             "since": self._started,
             "durable": self.durable,
             "servers": {"connected": sum(each.connected for each in servers), "known": len(servers)},
+            "leases": self._keeper.status() if self._keeper is not None else None,
             **self._workspace.status(),
             "state": self._shown_state(),
         }

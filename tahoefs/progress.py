@@ -32,6 +32,14 @@ def human_time(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02} min" if whole < 6000 else f"{whole // 3600}:{whole // 60 % 60:02} h"
 
 
+def human_age(seconds: float) -> str:
+    """6 d, 5 h or 12 min."""
+    for unit, size in (("d", 86400), ("h", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0) / 60:.0f} min"
+
+
 def in_words(pending: dict[str, Any]) -> str:
     """A `pending` object of a mount's status: 3 files (1.5 MiB), 1 directory."""
     files, directories = int(pending["files"]), int(pending["directories"])

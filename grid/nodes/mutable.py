@@ -43,6 +43,7 @@ MAP_FRESH_S: Final = 60.0
 UPDATE_TRIES: Final = 8  # when other writers keep being faster
 BACK_OFF_S: Final = 0.25  # before the second try; e times longer for each further one, and a random part of it
 BACK_OFF_S_MAX: Final = 20.0
+REPAIR_BYTES_MAX: Final = 128 << 20  # of contents: they and all shares are in memory at once
 
 Make = Callable[[MutableVersion, bool], Awaitable[bytes | Changes | None]]
 
@@ -195,7 +196,8 @@ class MutableFileNode(MutableFileReader):
 
         `merge` makes one contents of those of all newest versions, best first, where writers raced; without it the
         best one stays. Returns how many versions there were. Raises NotEnoughSharesError when a newer version was
-        seen than can be recovered (it may come back with its servers), and as update().
+        seen than can be recovered (it may come back with its servers), NotWriteableError when it is over
+        REPAIR_BYTES_MAX, and as update().
         """
         self.check_writeable()
         async with self._lock:
@@ -204,6 +206,8 @@ class MutableFileNode(MutableFileReader):
             if best is None or servermap.unrecoverable_newer or self._keys is None:
                 failures = (*(bad.error for bad in servermap.bad.values()), *servermap.failures.values())
                 raise NotEnoughSharesError(best.k if best else self._access.k, 0 if best else servermap.found, failures)
+            if best.data_size > REPAIR_BYTES_MAX:
+                raise NotWriteableError(f"a mutable file over {REPAIR_BYTES_MAX} bytes cannot be repaired as a whole")
             heads = [head for head in servermap.recoverable() if head.seqnum == best.seqnum]
             contents = [await self._version_at(servermap, head).read_all() for head in (heads if merge else [best])]
             data = merge(contents) if merge else contents[0]

@@ -12,7 +12,7 @@ import click
 
 from tahoefs.cli import UserError
 from tahoefs.control_client import ControlError, ask
-from tahoefs.progress import human_bytes, in_words
+from tahoefs.progress import human_age, human_bytes, in_words
 from tahoefs.registry import all_sockets, find_mount
 
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -80,6 +80,10 @@ def _text(found: dict[str, Any]) -> str:
         f" {cache['hits']} hits, {cache['misses']} misses",
         f"  published {found['publishes']} times, {found['conflicts']} conflicts",
     ]
+    leases = found.get("leases")
+    if leases is not None and leases["oldest_s"] is not None:
+        walking = ", being renewed" if leases["walking"] else ""
+        lines.append(f"  leases    oldest {human_age(leases['oldest_s'])}{walking}")
     lines += [_upload(upload) for upload in found["uploads"]]
     if (more := found["pending"]["files"] - len(found["uploads"])) > 0:
         lines.append(f"  sending   … and {more} more")
