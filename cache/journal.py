@@ -89,6 +89,7 @@ class Journal:
         self._changed = trio.Event()
         self._unwritten: dict[Recorded, None] = {}
         self._unsynced: dict[SealedFile, None] = {}
+        self._gone: dict[SealedFile, None] = {}  # their rows are deleted; the files go when that is on the disk
         self._recorded = self._written = self._flushed = 0  # how often something was recorded, and what became of it
         self._writing = trio.Lock()
         self._flushing = trio.Lock()
@@ -204,8 +205,14 @@ class Journal:
     async def _write(self, store: JournalStore) -> None:
         things, self._unwritten = self._unwritten, {}
         upto = self._recorded
+        rows = {self._number_of(thing): thing.row(self._number_of) for thing in things}
+        gone = [thing for thing in things if isinstance(thing, SealedFile) and thing.gone]
         try:
-            await store.write({self._number_of(thing): thing.row(self._number_of) for thing in things})
+            try:
+                await store.write(rows)
+            except SpoolFullError:  # these make room: worth the small risk of being killed before they are forgotten
+                self._remove([*self._gone, *gone])
+                await store.write(rows)
         except BaseException as error:
             self._unwritten = things | self._unwritten
             if isinstance(error, Exception):
@@ -213,6 +220,12 @@ class Journal:
             raise
         self._written = upto
         self._failure = None
+        self._gone.update(dict.fromkeys(gone))
+
+    def _remove(self, files: Iterable[SealedFile]) -> None:
+        for file in files:
+            file.file.remove()
+            self._gone.pop(file, None)
 
     async def flush(self) -> None:
         """Return once all that was recorded before would survive a power cut. Raises SpoolFullError, OSError."""
@@ -224,13 +237,18 @@ class Journal:
                 return
             # Most of the work, while others still write. What is new in the meantime is little.
             for file in list(self._unsynced):
-                await trio.to_thread.run_sync(file.sync)
+                try:
+                    await trio.to_thread.run_sync(file.sync)
+                except FileNotFoundError:  # somebody removed it: its upload will say so, the others go on
+                    self._unsynced.pop(file, None)
+                    continue
                 if not file.gone:
                     self.record(file)
             await self.persist()
-            upto = self._written
+            upto, gone = self._written, list(self._gone)
             await store.flush(self._sync_files)
             self._flushed = upto
+            self._remove(gone)
 
     def _sync_files(self) -> None:
         """In a thread; these are synced again, and then noted to be."""

@@ -103,7 +103,7 @@ class SealedFile:
         self._owners -= 1
         if self._owners == 0:
             self._note_change()  # before what the row speaks of is gone: so the two are written together
-            self._layers.file.release()
+            self._layers.file.release(remove=self.on_change is None)  # else the journal does, when the row is gone
             if self._layers.base is not None:
                 self._layers.base.close()
 

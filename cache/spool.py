@@ -180,11 +180,16 @@ class SpoolFile:
         self._owners += 1
         return self
 
-    def release(self) -> None:
+    def release(self, *, remove: bool = True) -> None:
+        """`remove` false: the file on the disk is left for `remove`, at a time its owner knows."""
         self._owners -= 1
         if self._owners == 0:
-            self._path.unlink(missing_ok=True)
+            if remove:
+                self.remove()
             self._spool.account(-self.spans.total)
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
 
     def open(self) -> Self:
         if self._users == 0:

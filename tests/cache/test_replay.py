@@ -15,7 +15,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from cache import Directory, PendingFile, Workspace, WorkspaceOptions, open_workspace
+from cache import Directory, PendingFile, Workspace, WorkspaceOptions, journal, open_workspace
 from cache.sealed import DamagedFileError
 from grid.errors import GridError, NodeDirectoryError
 from grid.formats.caps import DirectoryCap, LiteralCap, UnknownCap
@@ -171,6 +171,36 @@ async def test_what_was_published_without_being_noted_is_no_conflict(tmp_path: P
             ((name, cap),) = (await here.client.listing(here.root)).items()
             assert name == "name" and await here.client.fetch(cap) == DATA * 2
             assert workspace.status()["conflicts"] == 0
+
+
+@pytest.mark.parametrize("what", ["stored", "replaced", "removed"])
+async def test_killed_before_the_journal_has_it_that_a_file_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As long as the journal speaks of a file it is there."""
+    monkeypatch.setattr(journal, "FLUSH_S", 3600.0)
+    async with machine(tmp_path) as here:
+        async with here.process(evolve(SLOW, keep_bytes=0)) as workspace:
+            if what != "stored":
+                here.client.pause()
+            _, target = await put(workspace, workspace.root, "file", LONG)
+            await workspace.persist()
+            if what == "replaced":
+                await put(workspace, workspace.root, "file", LONG[::-1])
+            elif what == "removed":
+                await workspace.unlink(workspace.root, "file")
+            else:
+                while target.cap is None:
+                    await trio.lowlevel.checkpoint()
+            await here.kill(workspace)
+        async with here.process() as workspace:
+            assert workspace.status()["errors"] == []
+            entry = workspace.root.get("file")
+            assert entry is not None and await get(workspace, entry.target) == LONG
+            await workspace.wait()
+            (cap,) = (await here.client.listing(here.root)).values()
+            assert await here.client.fetch(cap) == LONG
+        assert list((here.slot / "files").iterdir()) == []
 
 
 async def test_a_change_inside_a_stored_file_needs_only_what_was_written(tmp_path: Path) -> None:
