@@ -29,7 +29,7 @@ from grid.interfaces import IReadableSnapshot
 log = logging.getLogger(__name__)
 
 SEGMENT_SIZES_MAX: Final = 20_000  # files whose segment size is remembered: without it the grid must be asked again
-PREFETCH_BYTES_MAX: Final = 16 << 20  # fetches under way that only read-ahead wants, over all files
+PREFETCH_BYTES_MAX: Final = 32 << 20  # fetches under way that only read-ahead wants, over all files
 
 FACTS_NUMBER: Final = (1 << 64) - 1  # of the block that has no bytes, only its file's segment size
 

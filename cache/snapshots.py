@@ -24,6 +24,7 @@ class SnapshotContents:
         self._snapshot = snapshot
         self._blocks = blocks
         self._ahead = ReadAhead()
+        self._begun = 0  # read-ahead of all segments below is under way, or done
         self._segment_size = 0
         self._asking = trio.Lock()  # held while the grid is asked for the segment size, the first time only
 
@@ -37,6 +38,7 @@ class SnapshotContents:
             return b""
         segment_size = self._segment_size or await self._ask_segment_size()
         first, last = offset // segment_size, (stop - 1) // segment_size
+        waited = not self._blocks.has(self._snapshot, last)
         for number in range(first + 1, min(last, first + READ_SEGMENTS_MAX) + 1):
             self._prefetch(number)
         pieces = []
@@ -49,9 +51,13 @@ class SnapshotContents:
             pieces.append(self._snapshot.decrypt(number, a, memoryview(segment)[a:b]))
             if number + READ_SEGMENTS_MAX <= last:
                 self._prefetch(number + READ_SEGMENTS_MAX)
-        for number in self._ahead.note(offset, stop - offset, segment_size, self.size):
+        wanted = self._ahead.note(offset, stop - offset, segment_size, self.size, waited=waited)
+        if not wanted:
+            self._begun = 0
+        for number in range(max(wanted.start, self._begun), wanted.stop):
             if not self._prefetch(number):
                 break
+            self._begun = number + 1
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def warm(self) -> None:

@@ -22,7 +22,7 @@ from tahoefs.errnos import FSError
 from tahoefs.inodes import ROOT_INODE, Inode
 from tahoefs.interfaces import Caller, Metadata, Position
 from tahoefs.targets import Kind, is_mutable_file, is_unreadable, known_size
-from tahoefs.vfs_core import FOREVER_S, NAME_BYTES_MAX, VFSCore, View
+from tahoefs.vfs_core import BELIEF_S_MIN, NAME_BYTES_MAX, VFSCore, View
 
 BLOCK_BYTES: Final = 4096
 IO_BYTES: Final = 128 << 10  # what programs should read and write at a time: what the kernel asks us for
@@ -95,6 +95,8 @@ class AttributeOperations(VFSCore):
         attr_timeout_s = timeout_s = self.timeout_s(inode)
         if size is None and (size := self._size_now(inode, view)) is None:
             attr_timeout_s, size = 0.0, 0
+        elif is_mutable_file(view.target):  # its size may be a `poll` old already
+            attr_timeout_s = min(attr_timeout_s, BELIEF_S_MIN)
         uid, gid = edge.owner(view.metadata, self.defaults)
         mtime_ns, ctime_ns = self._times_ns(inode, view, size)
         return Stat(
@@ -114,7 +116,7 @@ class AttributeOperations(VFSCore):
     def timeout_s(self, inode: Inode) -> float:
         """How long the kernel may believe what it was told about `inode` and its name."""
         folder = inode.link.parent.folder if inode.link else inode.folder
-        return FOREVER_S if folder is not None and folder.directory.immutable else self.options.poll_s
+        return self.options.poll_s if folder is None else self.listing_timeout_s(folder)
 
     def mode(self, inode: Inode, view: View) -> int:
         """Type and permissions: those noted, less the write bits where no cap allows writing."""

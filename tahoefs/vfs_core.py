@@ -36,6 +36,7 @@ REFRESH_PAUSE_S: Final = 15.0  # and goes on answering without asking, or every 
 FIRST_LOAD_TIMEOUT_S: Final = 9.0  # without any listing; inside the deadline of a metadata request
 GRID_WAIT_TIMEOUT_S: Final = 600.0  # `durability=grid`: one call's wait until it is on the grid
 FOREVER_S: Final = 3600.0  # how long the kernel may keep what cannot change
+BELIEF_S_MIN: Final = 0.5  # …, and what can, though our listing is nearly as old as `poll`
 INVALIDATIONS_MAX: Final = 1024  # waiting to be told to the kernel; beyond that its own timeouts must do
 
 
@@ -154,6 +155,16 @@ class VFSCore:
                 self.tell(Invalidation(parent.number, name.encode()))
             elif inode.opened is None and inode.folder is None and not same_contents(inode.target, entry.target):
                 self.tell(Invalidation(inode.number))
+
+    def listing_timeout_s(self, folder: Folder) -> float:
+        """How long the kernel may believe an answer from this listing: until the listing is `poll` seconds old."""
+        directory = folder.directory
+        if directory.immutable:
+            return FOREVER_S
+        if directory.cap is None or directory.loaded_at is None:  # made here: nobody else knows it yet
+            return self.options.poll_s
+        age_s = trio.current_time() - directory.loaded_at
+        return max(self.options.poll_s - age_s, min(self.options.poll_s, BELIEF_S_MIN))
 
     def tell(self, invalidation: Invalidation) -> None:
         try:

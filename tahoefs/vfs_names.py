@@ -21,7 +21,6 @@ from tahoefs.inodes import Folder, Inode
 from tahoefs.interfaces import Caller, IEntry, Metadata, Position
 from tahoefs.targets import SYMLINK_BYTES_MAX, TYPE_NAMES, Kind
 from tahoefs.vfs_attributes import Stat
-from tahoefs.vfs_core import FOREVER_S
 from tahoefs.vfs_files import FileOperations
 
 RENAME_NOREPLACE: Final = 1
@@ -38,13 +37,10 @@ class NameOperations(FileOperations):
         name = self.name_of(raw)
         await self.load(parent, folder)
         inode = self.child(parent, folder, name)
-        found = Stat(0, entry_timeout_s=self._listing_timeout_s(folder)) if inode is None else self._counted(inode)
+        found = Stat(0, entry_timeout_s=self.listing_timeout_s(folder)) if inode is None else self._counted(inode)
         if name.encode() != raw:
             found.entry_timeout_s = 0.0  # another spelling: the kernel is told of changes by the NFC name only
         return found
-
-    def _listing_timeout_s(self, folder: Folder) -> float:
-        return FOREVER_S if folder.directory.immutable else self.options.poll_s
 
     def _counted(self, inode: Inode) -> Stat:
         """What the kernel is told of an inode it takes a reference to by that."""

@@ -6,6 +6,7 @@
     small down  the same, cold                                                   ./. `tahoe cp -r`
     memory      the daemon's peak RSS after 1 GiB in and out of the mount        (limit: 250 MiB)
     servers     our storage server ./. the real one, see tests/bench/servers.py
+    reads       distance, slow servers, caches: see tests/bench/reads.py
 
 Each figure is a ratio, the real client's time by ours, so that above 1 the mount is faster; seconds are shown beside
 it for orientation and mean nothing on another machine. Every pair runs in turn, ours and theirs, `--runs` times;
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from tahoefs.control_client import ask
 from tahoefs.registry import find_socket
-from tests.bench import servers
+from tests.bench import reads, servers
 from tests.real.tahoe_grid import TahoeGrid, tahoe_environment
 
 LARGE_BYTES = 256 << 20
@@ -64,6 +65,7 @@ class Bench:
 
     @contextmanager
     def mounted(self, cap: str) -> Iterator[Path]:
+        shutil.rmtree(self.node_dir / "tahoefs" / "cache", ignore_errors=True)  # a fresh mount is a cold one here
         tahoefs("mount", "-", self.mountpoint, "-d", self.node_dir, stdin=cap)
         socket = find_socket(self.mountpoint)
         assert socket is not None
@@ -207,14 +209,17 @@ def peak_rss_bytes(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=["large", "small", "memory", "servers"])
+    parser.add_argument("--only", nargs="*", default=["large", "small", "memory", "servers", "reads"])
     parser.add_argument("--foolscap", action="store_true", help="our side speaks Foolscap (theirs: HTTP, its default)")
     arguments = parser.parse_args()
     only = set(arguments.only)
     if "servers" in only:
         with tempfile.TemporaryDirectory(prefix="tahoefs-bench-") as scratch:
             servers.run(Path(scratch), arguments.runs, tahoe_environment() / "bin" / "tahoe")
-    if not only - {"servers"}:
+    if "reads" in only:
+        with tempfile.TemporaryDirectory(prefix="tahoefs-bench-") as scratch:
+            reads.run(Path(scratch), arguments.runs)
+    if not only - {"servers", "reads"}:
         return
     with tempfile.TemporaryDirectory(prefix="tahoefs-bench-") as scratch:
         grid = TahoeGrid(Path(scratch) / "grid")

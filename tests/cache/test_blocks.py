@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 from cache.block_store import BlockStore
 from cache.blocks import PREFETCH_BYTES_MAX, BlockCache
 from cache.disk_tier import QUEUE_BYTES_MAX, BlockName, DiskTier
-from cache.readahead import WINDOW_BYTES_MAX, ReadAhead
+from cache.readahead import START_SEGMENTS, WINDOW_BYTES_MAX, ReadAhead
 from cache.snapshots import SnapshotContents
 from grid.crypto import aes_ctr
 from grid.errors import NotEnoughSharesError
@@ -154,10 +154,10 @@ async def test_read_ahead_fetches_what_comes_next_and_stops_with_its_file(nurser
     await wait_all_tasks_blocked()
     await contents.read(1000, 100)
     await wait_all_tasks_blocked()
-    assert sorted(snapshot.fetched) == [0, 1, 2, 3]
+    assert sorted(snapshot.fetched) == [0, 1, 2, 3, 4, 5]
     contents.close()
     await wait_all_tasks_blocked()
-    assert sorted(snapshot.cancelled) == [2, 3]
+    assert sorted(snapshot.cancelled) == [2, 3, 4, 5]
 
 
 async def test_random_reads_touch_only_what_they_need(nursery: trio.Nursery) -> None:
@@ -194,7 +194,10 @@ def test_read_ahead_stays_within_its_window(segment_size: int, size: int, offset
 def test_read_ahead_grows_while_reading_on() -> None:
     ahead, step, segment = ReadAhead(), 128 << 10, 1 << 20
     lengths = [len(ahead.note(offset, step, segment, 1 << 30)) for offset in range(0, 8 << 20, step)]
-    assert lengths[0] == 0 and lengths[1] == 1 and max(lengths) == 8 and lengths == sorted(lengths)
+    assert lengths[0] == 0 and lengths[1] == 1 and max(lengths) == START_SEGMENTS and lengths == sorted(lengths)
+    offsets = range(8 << 20, 24 << 20, step)  # what is far gets more
+    lengths = [len(ahead.note(offset, step, segment, 1 << 30, waited=offset % segment == 0)) for offset in offsets]
+    assert max(lengths) == WINDOW_BYTES_MAX // segment and lengths == sorted(lengths)
     assert len(ahead.note(500 << 20, step, segment, 1 << 30)) == 0  # a jump
     shuffled = [0, 2, 1, 3, 5, 4, 6, 7, 9, 8]  # two reads in flight change places
     ahead = ReadAhead()

@@ -35,6 +35,7 @@ class MemoryDirectory:
     readonly: bool = False
     immutable: bool = False
     generation: int = 0
+    loaded_at: float | None = None
     names: dict[str, MemoryEntry] = field(factory=dict)
 
     def get(self, name: str) -> MemoryEntry | None:
@@ -163,6 +164,8 @@ class MemoryWorkspace:
 
     async def load(self, directory: MemoryDirectory, max_age_s: float | None, /) -> None:
         await self._called("load")
+        if directory.loaded_at is None or max_age_s is not None:
+            directory.loaded_at = trio.current_time()
 
     async def make_directory(self, parent: MemoryDirectory, name: str, metadata: dict[str, Any], /) -> MemoryDirectory:
         await self._called("make_directory")

@@ -5,9 +5,11 @@ import os
 import stat
 
 import pytest
+import trio
 
 from grid.formats.caps import CHKReadCap, UnknownCap
 from tahoefs.vfs import VFS, Changes, grid_free_bytes
+from tahoefs.vfs_core import BELIEF_S_MIN
 from tests.memory_server import MemoryServer
 from tests.tahoefs.memory_mount import IMMUTABLE_DIRECTORY, MUTABLE_FILE, scenario
 from tests.tahoefs.vfs_helpers import (
@@ -96,10 +98,17 @@ async def test_an_unknown_cap_is_shown_moved_and_removed_but_not_opened() -> Non
     await vfs.unlink(ROOT, b"future")
 
 
-async def test_kernel_timeouts_are_bounded_by_poll_where_others_may_write() -> None:
+async def test_kernel_timeouts_are_bounded_by_poll_where_others_may_write(autojump_clock: object) -> None:
+    """The older the listing, the shorter: a change is seen within `poll` and a little, not within twice that."""
     vfs = make_vfs(poll_s=2.5)
+    workspace_of(vfs).root.cap = MUTABLE_FILE
     assert (await vfs.lookup(ROOT, b"literal.txt")).entry_timeout_s == 2.5
     assert (await vfs.lookup(ROOT, b"none")).entry_timeout_s == 2.5
+    number = (await vfs.lookup(ROOT, b"literal.txt")).number
+    for wait_s, belief_s in ((1.5, 1.0), (0.9, BELIEF_S_MIN), (10, BELIEF_S_MIN)):
+        await trio.sleep(wait_s)
+        found = await vfs.getattr(number)
+        assert (found.entry_timeout_s, found.attr_timeout_s) == pytest.approx((belief_s, belief_s))
     directory = (await vfs.lookup(ROOT, b"dir-immutable")).number
     assert (await vfs.lookup(directory, b"file")).attr_timeout_s > 60
     assert vfs.inode(directory).target == IMMUTABLE_DIRECTORY
