@@ -83,7 +83,7 @@ class MountControl:
         return self._workspace.durable
 
     def status(self) -> dict[str, Any]:
-        servers = self._client.broker.get_known_servers()
+        servers, helper = self._client.broker.get_known_servers(), self._client.helper
         return {
             "mountpoint": str(Path(self._config.mountpoint)),
             "source": self._config.label,
@@ -93,6 +93,7 @@ class MountControl:
             "durable": self.durable,
             "servers": {"connected": sum(each.connected for each in servers), "known": len(servers)},
             "leases": self._keeper.status() if self._keeper is not None else None,
+            "helper": {"connected": helper.connected} if helper is not None else None,
             **self._workspace.status(),
             "state": self._shown_state(),
         }

@@ -21,7 +21,6 @@ from grid.errors import ConnectionLostError, GridError, PeerError, PeerTimeoutEr
 from grid.formats.hashutil import chk_storage_index
 from grid.interfaces import EncodingParameters, IStorageBroker, IStorageServer, IUploadable, IUploadProgress
 from grid.operations.happiness import happiness
-from grid.operations.placement import QUERY_TIMEOUT_S
 from grid.operations.segment_encoder import EncodedTail, SegmentEncoder
 from grid.operations.uploadables import EncryptAnUploadable, IRewindable
 from grid.operations.worker import run_cpu_work
@@ -39,6 +38,7 @@ RETURN_TIMEOUT_S: Final = 60.0  # a helper that was lost in the middle is waited
 IDLE_TRIES_MAX: Final = 3  # lost so often without having read anything: it is not waited for again
 SILENCE_TIMEOUT_S: Final = 300.0  # it reads nothing and answers nothing: it may have others to serve first
 PUSH_TIMEOUT_S: Final = 600.0  # after it has read everything, and more for large files
+CONFIRM_TIMEOUT_S: Final = 5.0  # for the servers it names to say whether they have the shares
 READ_BYTES_MAX: Final = 4 << 20  # one read_encrypted
 DISTRUST_S: Final = 3600.0  # a helper that was caught lying is left alone for so long
 
@@ -236,10 +236,10 @@ class HelpedUploads:
                 if number not in held:
                     servers.discard(server.server_id)
 
-        with trio.move_on_after(QUERY_TIMEOUT_S):
+        with trio.move_on_after(CONFIRM_TIMEOUT_S):
             async with trio.open_nursery() as nursery:
-                for server in self._broker.get_known_servers():
-                    if server.server_id in named and server.connected:
+                for server in self._broker.get_permuted_servers(storage_index):
+                    if server.server_id in named and getattr(server, "responsive", True):
                         nursery.start_soon(ask, server)
         return sharemap
 

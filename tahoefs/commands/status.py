@@ -84,6 +84,8 @@ def _text(found: dict[str, Any]) -> str:
     if leases is not None and leases["oldest_s"] is not None:
         walking = ", being renewed" if leases["walking"] else ""
         lines.append(f"  leases    oldest {human_age(leases['oldest_s'])}{walking}")
+    if helper := found.get("helper"):
+        lines.insert(2, f"  helper    {'connected' if helper['connected'] else 'not connected, uploads go without it'}")
     lines += [_upload(upload) for upload in found["uploads"]]
     if (more := found["pending"]["files"] - len(found["uploads"])) > 0:
         lines.append(f"  sending   … and {more} more")

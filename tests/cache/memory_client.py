@@ -46,6 +46,7 @@ class MemoryClient:
     def __init__(self, keys: KeyPool) -> None:
         self.node = Node()
         self.broker = MemoryBroker(N)
+        self.helper: Any = None
         secrets = Secrets(b"s" * 32)
         self._uploader = Uploader(self.broker, secrets)
         self.nodemaker = NodeMaker(

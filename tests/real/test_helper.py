@@ -245,7 +245,10 @@ def test_the_mount_by_the_real_helper_killed_half_way(
     wait_until(lambda: helper.held() == 0, "the helper to have nothing left", 60)
 
 
-def test_our_client_killed_half_way(grid: TahoeGrid, helper: HelperNode, our_node: Path, tmp_path: Path) -> None:
+def test_client_and_helper_killed_half_way_and_the_helper_changed_for_ours(
+    grid: TahoeGrid, helper: HelperNode, our_node: Path, tmp_path: Path
+) -> None:
+    """Ours takes over the real one's directory, with what it had fetched; its FURL stays the same."""
     data = content(SIZE, 42)
     (tmp_path / "file").write_bytes(data)
     command = [sys.executable, "-c", OUR_CLIENT, our_node, tmp_path / "file"]
@@ -256,6 +259,12 @@ def test_our_client_killed_half_way(grid: TahoeGrid, helper: HelperNode, our_nod
         wait_until(lambda: helper.held() > 0.4 * SIZE, "the helper to have what passed")
         first.send_signal(signal.SIGKILL)
     helper.proxy.release()
+    furl, held = helper.furl, helper.held()
+    helper.kill()
+    helper.program = OUR_PROGRAM
+    helper.start()
+    wait_until(lambda: "ready services=helper" in (helper.path / "output.log").read_text(), "our helper to be ready")
+    assert (helper.furl, helper.held()) == (furl, held)
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
     cap = again.stdout.split()[1]
     assert SIZE < helper.proxy.sent - start < OVERHEAD * SIZE + LOST_BYTES

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,15 @@ async def test_status_for_people_and_programs(daemon: Daemon) -> None:
         assert set(found["throughput"]) == {"pushed_bytes", "pushed_bytes_per_s"}
     assert len(every["mounts"]) == 1
     daemon.client.resume()
+
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_status_tells_of_the_upload_helper(daemon: Daemon, connected: bool) -> None:
+    daemon.client.helper = SimpleNamespace(connected=connected)
+    found = json.loads((await daemon.run("status", daemon.where, "--json")).stdout)
+    assert found["helper"] == {"connected": connected}
+    text = (await daemon.run("status", daemon.where)).stdout.decode()
+    assert ("helper    connected" if connected else "helper    not connected, uploads go without it") in text
 
 
 async def test_status_watch_goes_on_until_interrupted(daemon: Daemon) -> None:
