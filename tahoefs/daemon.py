@@ -135,7 +135,7 @@ async def _serve(
     k, _, n = client.node.encoding
     vfs = VFS(workspace, options=options, free_bytes=lambda: grid_free_bytes(client.broker.get_known_servers(), k, n))
     control = MountControl(config, client, workspace, vfs, keeper)
-    registry = _statistics(client, workspace, vfs)
+    registry = _statistics(client, control, vfs)
     commands = control.commands() | {"stats": stats_command(registry, config.label)}
     with registered(Path(config.node_dir), where) as socket_path:
         async with trio.open_nursery() as services:
@@ -177,11 +177,11 @@ async def _serve(
                 _say_what_is_left(control, note)
 
 
-def _statistics(client: grid.GridClient, workspace: Workspace, vfs: VFS) -> Registry:
+def _statistics(client: grid.GridClient, control: MountControl, vfs: VFS) -> Registry:
     registry = Registry()
     registry.register(ProcessStats(), process.METRICS)
     registry.register(client, client_metrics)
-    registry.register(MountStats(workspace.status, lambda: (vfs.faults, vfs.timeouts)), mount_metrics)
+    registry.register(MountStats(control.status, lambda: (vfs.faults, vfs.timeouts)), mount_metrics)
     return registry
 
 

@@ -16,6 +16,7 @@ METRICS: Final = (
     Metric("mount_pushed_bytes", "counter", "Bytes of shares this mount sent, or of ciphertext to a helper."),
     Metric("mount_publishes", "counter", "Publishes of directories by this mount."),
     Metric("mount_conflicts", "counter", "Names another writer had changed meanwhile; both were kept."),
+    Metric("mount_oldest_lease_seconds", "gauge", "Seconds since a lease below this mount was last renewed, at most."),
     Metric("mount_errors", "gauge", "Errors that `tahoefs status` shows."),
     Metric("mount_faults", "counter", "Requests of the kernel that met a mistake of ours."),
     Metric("mount_timeouts", "counter", "Requests of the kernel that missed their deadline."),
@@ -29,7 +30,7 @@ METRICS: Final = (
 
 
 class MountStats:
-    """IStatsProducer over a workspace's status and the VFS's counts."""
+    """IStatsProducer over a mount's status and the VFS's counts."""
 
     def __init__(self, status: Callable[[], dict[str, Any]], faults: Callable[[], tuple[int, int]]) -> None:
         """`faults` tells how many requests met a mistake of ours, and how many missed their deadline."""
@@ -58,6 +59,8 @@ class MountStats:
             "cache_hits": cache["hits"],
             "cache_misses": cache["misses"],
         }
+        if (leases := status.get("leases")) is not None and leases["oldest_s"] is not None:
+            told["mount_oldest_lease_seconds"] = leases["oldest_s"]
         for upload in status["uploads"]:
             key = f"mount_uploads.{upload['stage']}"
             told[key] = told.get(key, 0) + 1

@@ -29,6 +29,7 @@ STATUS: dict[str, Any] = {
     "throughput": {"pushed_bytes": 1000, "pushed_bytes_per_s": 3},
     "journal": {"bytes": 300, "limit": 10_000},
     "cache": {"bytes": 5, "limit": 50, "hits": 7, "misses": 3},
+    "leases": {"oldest_s": 86400.5},
     "uploaded": 4,
     "publishes": 5,
     "conflicts": 0,
@@ -57,6 +58,7 @@ def test_the_official_parser_reads_it(registry: Registry) -> None:
         assert family.documentation and family.name.startswith("tahoefs_")
         assert family.type in ("counter", "gauge", "histogram")
     assert [sample.value for sample in found["tahoefs_cache_hits"].samples] == [7]
+    assert [sample.value for sample in found["tahoefs_mount_oldest_lease_seconds"].samples] == [86400.5]
     stages = {sample.labels["stage"]: sample.value for sample in found["tahoefs_mount_uploads"].samples}
     assert stages == {"pushing": 1, "queued": 2}
     reads = [sample for sample in found["tahoefs_fuse_seconds"].samples if sample.labels["request"] == "read"]
