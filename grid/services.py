@@ -38,6 +38,7 @@ from grid.operations import process
 from grid.operations.process import ProcessStats
 from grid.peers.reconnect import Reconnector, keep_connected
 from grid.peers.stats_gatherer import provide_stats
+from grid.server.allocator import keep_freed_memory
 from grid.server.errors import StorageError
 from grid.server.expirer import Expirer, ExpiryPolicy
 from grid.server.foolscap import FoolscapStorage
@@ -87,6 +88,7 @@ async def serve_node(
 
     Raises NodeDirectoryError when a port is in use, or a directory cannot be had.
     """
+    keep_freed_memory()
     async with trio.open_nursery() as nursery:
         services = _Services(node, nursery)
         published = trio.Event()

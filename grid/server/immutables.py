@@ -36,28 +36,25 @@ class ImmutableShare:
 
     fd: int
     number: int
+    size: int  # of the file, when it was last acquired
     users: int = 0
 
-    def header(self) -> tuple[container.ImmutableHeader, int]:
-        """The header and the file's length, as they are now. Raises UnusableShareError."""
-        size = os.fstat(self.fd).st_size
-        return parse_header(os.pread(self.fd, container.IMMUTABLE_HEADER_BYTES, 0), size, self.number), size
+    def header(self) -> container.ImmutableHeader:
+        """As it is now. Raises UnusableShareError."""
+        return parse_header(os.pread(self.fd, container.IMMUTABLE_HEADER_BYTES, 0), self.size, self.number)
 
     def data_bytes(self) -> int:
-        header, size = self.header()
-        return header.data_bytes(size)
+        """What of the file is data, which leases follow. Raises UnusableShareError."""
+        return self.header().data_bytes(self.size)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Cut at the end of the data, which leases follow."""
-        length = min(length, self.data_bytes() - offset)
-        if length <= 0:
-            return b""
+        """The caller has seen to it that this is within the data."""
         return os.pread(self.fd, length, container.IMMUTABLE_HEADER_BYTES + offset)
 
     def leases(self) -> tuple[container.ImmutableHeader, int, list[container.Lease]]:
         """The header, the data's length, the leases."""
-        header, size = self.header()
-        data_bytes = header.data_bytes(size)
+        header = self.header()
+        data_bytes = header.data_bytes(self.size)
         wanted = header.lease_count * container.IMMUTABLE_LEASE_BYTES
         records = os.pread(self.fd, wanted, container.immutable_lease_offset(data_bytes, 0))
         return header, data_bytes, container.unpack_immutable_leases(records)
@@ -100,7 +97,9 @@ class OpenShares:
         with self._turn:
             share = self._open.get(key)
             if share is not None:
-                if os.fstat(share.fd).st_nlink:
+                status = os.fstat(share.fd)
+                if status.st_nlink:
+                    share.size = status.st_size
                     self._open.move_to_end(key)
                     share.users += 1
                     return share
@@ -111,7 +110,7 @@ class OpenShares:
                 fd = os.open(self._places.share(*key), os.O_RDONLY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
                 raise NoSuchShareError(f"no share {key[1]}") from None
-            share = self._open[key] = ImmutableShare(fd, key[1], 1)
+            share = self._open[key] = ImmutableShare(fd, key[1], os.fstat(fd).st_size, 1)
             if len(self._open) > OPEN_SHARES_MAX:
                 self._close_idle()
             return share
@@ -146,14 +145,14 @@ def renew_lease(share: ImmutableShare, renew: bytes, expires: int) -> list[Step]
 
 def add_lease(share: ImmutableShare, lease: LeaseSecrets, owner: int, expires: int) -> list[Step]:
     """What adding one more takes. Raises NoSpaceError when there are too many."""
-    header, size = share.header()
+    header = share.header()
     if header.lease_count >= LEASES_MAX:
         raise NoSpaceError("too many leases on one share")
     record = container.pack_immutable_lease(
         container.make_lease(header.version, owner, lease.renew, lease.cancel, expires)
     )
     count = container.pack_lease_count(header.lease_count + 1)
-    return [Write(size, record), Write(container.IMMUTABLE_LEASE_COUNT_OFFSET, count)]
+    return [Write(share.size, record), Write(container.IMMUTABLE_LEASE_COUNT_OFFSET, count)]
 
 
 def drop_leases(share: ImmutableShare, places: list[int]) -> tuple[list[Step], int]:

@@ -1,8 +1,9 @@
 """The storage service: what clients may do with shares, whichever protocol they speak.
 
-Arguments are checked here. Small file work is done at once, between two awaits: a hop to a thread costs more than
-writing 100 kB. Larger work goes to a thread. What changes or needs all of a storage index (slots, leases, allocation,
-expiry) holds that storage index's lock: who finds it free goes on without giving way.
+Arguments are checked here. File work up to INLINE_BYTES_MAX is done at once, between two awaits: a hop to a thread
+costs more than writing 100 kB, and what that thread does then is no faster for it. Larger work goes to a thread.
+What changes or needs all of a storage index (slots, leases, allocation, expiry) holds that storage index's lock: who
+finds it free goes on without giving way.
 
     owner of                       is
     the locks of storage indexes   StorageService
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 UPLOAD_TIMEOUT_S: Final = 30 * 60  # without a write
 UPLOADS_MAX: Final = 10_000  # ours: in progress at a time; more are refused as if there were no space
-INLINE_BYTES_MAX: Final = 512 << 10  # read or written without a thread
+INLINE_BYTES_MAX: Final = 2 << 20  # read or written without a thread
 WORKERS: Final = 8  # threads that do large file work
 
 APPLICATION_VERSION: Final = b"tahoe-lafs/1.20.0"  # what clients know; they look at the features, not at this

@@ -19,7 +19,7 @@ import trio
 
 from grid import stats
 from grid.errors import ConnectionLostError, GridError, PeerError, PeerTimeoutError, RemoteProtocolError, Violation
-from grid.transports.tls import TLSStream
+from grid.transports.tls_stream import TLSStream
 from grid.wire.banana import PING, ping_token
 from grid.wire.calls import RELEASES_BATCH, Answered, Broker, Failed, InboundCall
 from grid.wire.negotiation import Agreement
@@ -220,12 +220,11 @@ class Connection:
         try:
             if self.agreement.rest or not self.agreement.is_master:
                 self._heard.set()
-            await self._receive(self.agreement.rest, nursery)
+            await self._receive([self.agreement.rest], nursery)
             while pieces := await self._receive_pieces():
                 self._last_received_s = trio.current_time()
                 self._heard.set()
-                for piece in pieces:
-                    await self._receive(piece, nursery)
+                await self._receive(pieces, nursery)
             while self._draining and (
                 self._handler_slots.value < HANDLERS_MAX or self._broker.outgoing_bytes or self._sending
             ):
@@ -246,8 +245,8 @@ class Connection:
         self._reading = None
         return pieces
 
-    async def _receive(self, data: bytes, nursery: trio.Nursery) -> None:
-        for event in self._broker.receive_data(data):
+    async def _receive(self, pieces: Sequence[bytes], nursery: trio.Nursery) -> None:
+        for event in self._broker.receive_data(*pieces):
             if isinstance(event, InboundCall):
                 await self._start_handler(event, nursery)
             elif (call := self._pending.pop(event.reqid, None)) is None:

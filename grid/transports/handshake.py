@@ -11,7 +11,8 @@ import trio
 
 from grid.crypto import tub_id_of_certificate
 from grid.errors import ConnectionLostError, NegotiationError
-from grid.transports.tls import READ_BYTES, TLSStream, TubTLS
+from grid.transports.tls import TubTLS
+from grid.transports.tls_stream import READ_BYTES, TLSStream
 from grid.wire.duplicates import ConnectionRecords
 from grid.wire.negotiation import (
     INTERNAL_ERROR,

@@ -19,7 +19,8 @@ import trio
 from attrs import field, frozen
 
 from grid.errors import ConnectionLostError, RemoteProtocolError
-from grid.transports.tls import TLSStream, dial_pinned
+from grid.transports.tls import dial_pinned
+from grid.transports.tls_stream import TLSStream
 
 HEAD_BYTES_MAX: Final = 32 << 10  # status line and headers of an answer
 ERROR_BYTES_MAX: Final = 10_000  # body of an answer that is not a success; nobody reads it

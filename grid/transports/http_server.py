@@ -2,6 +2,9 @@
 
     await serve_http(stream, handler)        handler: async (Request) -> Response
 
+h11 reads what clients say, one parser a request; bodies of a known length go past it. What we say has one form, and is
+written here: a status line, `date`, the handler's headers, a length.
+
 Deadlines for slow clients: a request's head may take HEAD_TIMEOUT_S, which is also how long a connection may be
 idle; each piece of a body may take PIECE_TIMEOUT_S, and the whole of it only as long as a client of
 SLOWEST_BYTES_PER_S would need; likewise for what we send. A body nobody wanted is read up to
@@ -11,17 +14,21 @@ DRAIN_BYTES_MAX, so that the client gets to the answer, or the connection is clo
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
 from typing import Final, TypeAlias
 
 import h11
 import trio
 from attrs import field, frozen
 
-from grid.transports.tls import TLSStream
+from grid.transports.tls_stream import TLSStream
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +42,7 @@ Buffer = bytes | bytearray | memoryview
 Headers = Sequence[tuple[bytes, bytes]]
 
 _BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError)
+_STATUS_LINES: Final = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
 class ClientGoneError(Exception):
@@ -62,18 +70,18 @@ class Request:
         self.method = bytes(head.method)
         self.target = bytes(head.target)
         self.headers: Headers = tuple(head.headers)
+        self._by_name = dict(reversed(self.headers))  # of several the first
         self._connection = connection
+        chunked = b"transfer-encoding" in self._by_name
+        # Of the body, as announced, which h11 has seen to be a number; None when it comes in chunks.
+        self.length = None if chunked else int(self._by_name.get(b"content-length", b"0"))
+        # Whether the client may send another request after this one.
+        self.keeps_connection = head.http_version >= b"1.1" and not any(
+            name == b"connection" and b"close" in value.lower() for name, value in self.headers
+        )
 
     def header(self, name: bytes) -> bytes | None:
-        return next((value for each, value in self.headers if each == name), None)
-
-    @property
-    def length(self) -> int | None:
-        """As announced; None when it comes in chunks."""
-        if self.header(b"transfer-encoding") is not None:
-            return None
-        announced = self.header(b"content-length")
-        return 0 if announced is None else int(announced)  # h11 has seen to it that it is a number
+        return self._by_name.get(name)
 
     async def receive_pieces(self) -> Sequence[Buffer]:
         """What has come of the body, in order, at least one piece; none at its end. Raises ClientGoneError."""
@@ -109,16 +117,20 @@ class Drain:
             scope.cancel()
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """What is in this block is cancelled when draining begins."""
-        with trio.CancelScope() as scope:
+    def ending(self, deadline: float = math.inf) -> Iterator[trio.CancelScope]:
+        """What is in this block is cancelled when draining begins, or at the deadline."""
+        with trio.CancelScope(deadline=deadline) as scope:
             if self._begun:
                 scope.cancel()
             self._scopes.add(scope)
             try:
-                yield
+                yield scope
             finally:
                 self._scopes.discard(scope)
+
+    def has_ended(self, scope: trio.CancelScope) -> bool:
+        """Whether it was this, and not its deadline, that cancelled a scope."""
+        return self._begun and scope.cancelled_caught
 
 
 async def serve_http(
@@ -128,30 +140,23 @@ async def serve_http(
 
     The stream is the caller's to close. Raises ClientGoneError when it did not end well.
     """
-    connection = _ServerConnection(stream)
     drain = drain or Drain()
+    connection = _ServerConnection(stream)
     while True:
         request = None
-        with drain.ending():
+        with drain.ending(trio.current_time() + HEAD_TIMEOUT_S) as idle:
             request = await connection.next_request()
         if request is None:
+            if idle.cancelled_caught and not drain.has_ended(idle):
+                raise ClientGoneError("too slow")
             return
-        try:
-            response = await handler(request)
-        except (ClientGoneError, trio.Cancelled):
-            raise
-        except Exception:  # a bug in one request must not end the server
-            log.exception("%s failed", request.method.decode("latin-1"))
-            response = Response(500)
-        await connection.respond(request, response)
-        if response.status < 400:
-            welcomed()
-        if not await connection.finish():
+        keep = False
+        with trio.CancelScope() as scope:
+            keep = await connection.answer(request, handler, welcomed, scope)
+        if scope.cancelled_caught:
+            raise ClientGoneError("too slow")
+        if not keep:
             return
-
-
-def _new_h11() -> h11.Connection:
-    return h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
 
 
 class _ServerConnection:
@@ -161,154 +166,182 @@ class _ServerConnection:
         self._pieces: deque[bytes] = deque()  # received, and not looked at yet
         self._body_missing: int | None = None  # bytes, of a body that h11 never sees
         self._patience_s = 0.0  # how long the client may still keep us waiting for its body
+        self._scope = trio.CancelScope()  # of the request under way: has a deadline whenever we wait for the client
+        self._answered = False  # the request under way
 
     async def next_request(self) -> Request | None:
-        """None when the client is finished."""
-        deadline = trio.current_time() + HEAD_TIMEOUT_S
+        """None when the client is finished. The caller sets the deadline."""
+        self._h11, self._body_missing, self._answered = _new_h11(), None, False
         try:
-            event = await self._next_event(deadline)
+            event = await self._next_event()
         except ClientGoneError:
             if self._h11.their_state is h11.IDLE and not self._h11.trailing_data[0]:
                 return None  # it was idle, and so is free to go
             raise
-        if isinstance(event, h11.Request):
-            self._patience_s = PIECE_TIMEOUT_S
-            request = Request(event, self)
-            if request.length:
-                # nothing to parse: such a body goes past h11, which would copy every byte twice
-                self._body_missing = request.length
-                early, _ = self._h11.trailing_data
-                if early:
-                    self._pieces.appendleft(early)
-            return request
-        return None
+        if not isinstance(event, h11.Request):
+            return None
+        self._patience_s = PIECE_TIMEOUT_S
+        request = Request(event, self)
+        if request.length is not None:
+            # nothing to parse: such a body goes past h11, which would copy every byte twice
+            self._body_missing = request.length
+            self._take_back()
+        return request
+
+    def _take_back(self) -> None:
+        """What h11 was given and did not need is the body's, or the next request's."""
+        early, _ = self._h11.trailing_data
+        if early:
+            self._pieces.appendleft(early)
+
+    async def answer(
+        self, request: Request, handler: Handler, welcomed: Callable[[], object], scope: trio.CancelScope
+    ) -> bool:
+        """Whether another request may come. `scope` is around this: it is cancelled when the client is too slow."""
+        self._scope = scope
+        try:
+            response = await handler(request)
+        except (ClientGoneError, trio.Cancelled):
+            raise
+        except Exception:  # a bug in one request must not end the server
+            log.exception("%s failed", request.method.decode("latin-1"))
+            response = Response(500)
+        await self.respond(request, response)
+        if response.status < 400:
+            welcomed()
+        return await self._finish() and request.keeps_connection
 
     async def receive_pieces(self) -> Sequence[Buffer]:
         if self._h11.they_are_waiting_for_100_continue:
             await self._send([self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b""])
         began = trio.current_time()
-        pieces = await self._more_of_body(began + self._patience_s)
+        self._scope.deadline = began + self._patience_s
+        pieces = await self._more_of_body()
+        self._scope.deadline = math.inf
         paid_s = sum(map(len, pieces)) / SLOWEST_BYTES_PER_S
         waited_s = trio.current_time() - began
         self._patience_s = min(self._patience_s - waited_s + paid_s, PIECE_TIMEOUT_S)
         return pieces
 
-    async def _more_of_body(self, deadline: float) -> Sequence[Buffer]:
+    async def _more_of_body(self) -> Sequence[Buffer]:
         if self._body_missing is None:
-            while isinstance(event := await self._next_event(deadline), h11.Data):
-                if event.data:
-                    return (event.data,)
-            if isinstance(event, h11.EndOfMessage):
-                return ()
-            raise ClientGoneError("connection closed in a request")
+            return await self._more_of_chunks()
         if not self._body_missing:
             return ()
         if not self._pieces:
-            await self._receive(deadline, self._body_missing)
+            await self._receive(self._body_missing)
             if not self._pieces:
                 raise ClientGoneError("connection closed in a request")
         taken: list[bytes] = []
-        while self._pieces and self._body_missing:
+        missing = self._body_missing
+        while self._pieces and missing:
             piece = self._pieces.popleft()
-            if len(piece) > self._body_missing:
-                self._pieces.appendleft(piece[self._body_missing :])
-                piece = piece[: self._body_missing]
-            self._body_missing -= len(piece)
+            if len(piece) > missing:
+                self._pieces.appendleft(piece[missing:])
+                piece = piece[:missing]
+            missing -= len(piece)
             taken.append(piece)
+        self._body_missing = missing
         return taken
 
-    async def _next_event(self, deadline: float) -> h11.Event | type[h11.PAUSED]:
+    async def _more_of_chunks(self) -> Sequence[Buffer]:
+        while isinstance(event := await self._next_event(), h11.Data):
+            if event.data:
+                return (event.data,)
+        if not isinstance(event, h11.EndOfMessage):
+            raise ClientGoneError("connection closed in a request")
+        self._body_missing = 0
+        self._take_back()
+        return ()
+
+    async def _next_event(self) -> h11.Event | type[h11.PAUSED]:
         try:
             while (event := self._h11.next_event()) is h11.NEED_DATA:
                 if not self._pieces:
-                    await self._receive(deadline)
+                    await self._receive()
                 self._h11.receive_data(self._pieces.popleft() if self._pieces else b"")
         except h11.RemoteProtocolError as error:
-            await self._refuse(error)
+            await self._refuse(error.error_status_hint)
             raise ClientGoneError(f"not the HTTP we know: {error}") from None
         return event  # type: ignore[return-value]
 
-    async def _receive(self, deadline: float, wanted: int = 1) -> None:
+    async def _receive(self, wanted: int = 1) -> None:
         """Nothing comes at the end. Raises ClientGoneError."""
         try:
-            with trio.fail_at(deadline):
-                self._pieces += await self._stream.receive_pieces(wanted)
-        except trio.TooSlowError:
-            raise ClientGoneError("too slow") from None
+            self._pieces += await self._stream.receive_pieces(wanted)
         except _BROKEN:
             raise ClientGoneError("connection lost") from None
 
-    async def _refuse(self, error: h11.RemoteProtocolError) -> None:
-        if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            with suppress(h11.LocalProtocolError, ClientGoneError):
-                await self._send_head(error.error_status_hint, ((b"connection", b"close"),), 0)
-                self._h11.send(h11.EndOfMessage())
+    async def _refuse(self, status: int) -> None:
+        if not self._answered:
+            self._answered = True
+            with suppress(ClientGoneError):
+                await self._send([_head(status, (), 0, keep=False)])
 
     # --- answering --------------------------------------------------------------------------------------------------
 
     async def respond(self, request: Request, response: Response) -> None:
         """Raises ClientGoneError."""
+        self._answered = True
         body = response.body
         if isinstance(body, Sequence):
-            length = sum(len(buffer) for buffer in body)
+            length = sum(map(len, body))
         else:
             assert response.length is not None, "a body in pieces of unknown length"
             length = response.length
-        head = self._head(response.status, response.headers, None if response.status == 204 else length)
+        head = _head(
+            response.status,
+            response.headers,
+            None if response.status == HTTPStatus.NO_CONTENT else length,
+            keep=request.keeps_connection,
+        )
         if request.method == b"HEAD":
             await self._send([head])
         elif isinstance(body, Sequence):
-            await self._send([head, *(self._passed_on(buffer) for buffer in body if len(buffer))])
+            await self._send([head, *body])
         else:
             await self._send([head])
             async for buffer in body:
-                await self._send([self._passed_on(buffer)])
-        try:
-            self._h11.send(h11.EndOfMessage())
-        except h11.LocalProtocolError:  # pieces ended early: what they came from failed meanwhile
-            raise ClientGoneError("the answer could not be completed") from None
-
-    def _passed_on(self, buffer: Buffer) -> Buffer:
-        self._h11.send_with_data_passthrough(h11.Data(data=buffer))  # type: ignore[arg-type]  # it only counts
-        return buffer
-
-    def _head(self, status: int, headers: Headers, length: int | None) -> bytes:
-        all_headers = [(b"date", formatdate(usegmt=True).encode("ascii")), *headers]
-        if length is not None:
-            all_headers.append((b"content-length", b"%d" % length))
-        return self._h11.send(h11.Response(status_code=status, headers=all_headers)) or b""
-
-    async def _send_head(self, status: int, headers: Headers, length: int) -> None:
-        await self._send([self._head(status, headers, length)])
+                length -= len(buffer)
+                await self._send([buffer])
+            if length:  # pieces ended early: what they came from failed meanwhile
+                raise ClientGoneError("the answer could not be completed")
 
     async def _send(self, buffers: Sequence[Buffer]) -> None:
-        size = sum(len(buffer) for buffer in buffers)
+        size = sum(map(len, buffers))
+        self._scope.deadline = trio.current_time() + PIECE_TIMEOUT_S + size / SLOWEST_BYTES_PER_S
         try:
-            with trio.fail_after(PIECE_TIMEOUT_S + size / SLOWEST_BYTES_PER_S):
-                await self._stream.send_buffers(buffers)
-        except trio.TooSlowError:
-            raise ClientGoneError("too slow to take its answer") from None
+            await self._stream.send_buffers(buffers)
         except _BROKEN:
             raise ClientGoneError("connection lost") from None
+        self._scope.deadline = math.inf
 
-    @property
-    def _has_body(self) -> bool:
-        """Something of the request's body is to be read yet."""
-        if self._body_missing is not None:
-            return self._body_missing > 0
-        return self._h11.their_state is h11.SEND_BODY
-
-    async def finish(self) -> bool:
-        """After a response: whether another request may come. Reads what is left of the body, if it is not much."""
+    async def _finish(self) -> bool:
+        """After a response: whether another request can be read. Reads what is left of a body, if it is not much."""
         left = DRAIN_BYTES_MAX
-        while self._has_body and not self._h11.they_are_waiting_for_100_continue:
+        while self._body_missing != 0 and not self._h11.they_are_waiting_for_100_continue:
             left -= sum(map(len, await self.receive_pieces()))
             if left < 0:
                 return False
-        if self._body_missing == 0 and self._h11.our_state is h11.DONE:
-            self._h11, self._body_missing = _new_h11(), None  # the old one waits for the body for ever
-            return True
-        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
-            self._h11.start_next_cycle()
-            return True
-        return False
+        return self._body_missing == 0
+
+
+def _new_h11() -> h11.Connection:
+    return h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+
+
+def _head(status: int, headers: Headers, length: int | None, *, keep: bool) -> bytes:
+    """Status line and headers, which are of our own making: there is nothing to be checked in them."""
+    lines = [_STATUS_LINES[status], _date_line(int(time.time()))]
+    lines += [b"%b: %b\r\n" % header for header in headers]
+    if length is not None:
+        lines.append(b"content-length: %d\r\n" % length)
+    if not keep:
+        lines.append(b"connection: close\r\n")
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+@lru_cache(maxsize=1)
+def _date_line(second: int) -> bytes:
+    return b"date: %b\r\n" % formatdate(second, usegmt=True).encode("ascii")

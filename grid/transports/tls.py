@@ -3,14 +3,10 @@
 Tubs trust no authority: any certificate is taken, and its SHA-1 is the peer's name. Both sides present one.
 The dialler uses the standard library. The acceptor cannot: the standard library asks for a client certificate
 only together with verifying it, which self-signed ones fail; so it uses pyOpenSSL with a callback that accepts.
-Both run over memory buffers under one stream, which reads and writes in large pieces.
+Both run over memory buffers; `grid/transports/tls_stream.py` makes streams of them.
 
 For HTTP the server alone shows a certificate, and the standard library does both sides. Whoever dials compares
 the hash of its public key with what was announced, see `dial_pinned`.
-
-Limits: nothing is read ahead beyond one read of the socket, and ciphertext is sent in pieces of at most
-SEND_BYTES and what records add to it. Who knows that much is on its way may say so: then the kernel wakes us once for
-GATHER_BYTES, not for every packet.
 """
 
 from __future__ import annotations
@@ -18,175 +14,17 @@ from __future__ import annotations
 import hmac
 import os
 import ssl
-from collections.abc import Sequence
 from functools import cache
-from socket import SO_RCVLOWAT, SOL_SOCKET
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 from OpenSSL import SSL, crypto
 
 from grid.crypto import TubIdentity, spki_hash_of_certificate
 from grid.errors import FormatError, NegotiationError
+from grid.transports.tls_stream import RECORD_BYTES, SEND_BYTES, Buffer, Engine, TLSStream
 
-READ_BYTES: Final = 256 << 10  # asked of the socket at a time
-RECORD_BYTES: Final = 16 << 10  # plaintext in one TLS record
-SEND_BYTES: Final = 256 << 10  # ciphertext gathered before it is handed to the socket
-COALESCE_BYTES: Final = RECORD_BYTES  # smaller buffers are joined until they fill a record
-GATHER_BYTES: Final = 128 << 10  # waited for at a time where so much is known to come
-UNREAD_BYTES_MAX: Final = 32 << 10  # of what was received, in a record that is not whole: less than two records
-CLOSE_TIMEOUT_S: Final = 1.0  # for the goodbye
-
-_SCRATCH: Final = bytearray(READ_BYTES)  # never in use across an await: sockets are read into it, engines copy from it
-
-Buffer = bytes | bytearray | memoryview
-
-
-class _Engine(Protocol):
-    """One TLS connection over memory. Raises BrokenResourceError for everything that is wrong with it."""
-
-    def handshake(self) -> bool:
-        """Whether it is finished; else more has to come from the peer."""
-
-    def put(self, ciphertext: Buffer) -> None: ...
-    def take(self) -> bytes:
-        """Ciphertext to send."""
-
-    def read(self) -> bytes | None:
-        """Up to one record; b"" at the end; None when more has to come from the peer."""
-
-    def write(self, plaintext: memoryview) -> int: ...
-    def shutdown(self) -> None: ...
-    def peer_certificate_der(self) -> bytes | None: ...
-
-
-class TLSStream(trio.abc.Stream):
-    """A byte stream inside TLS; knows the certificate of its peer once the handshake is done."""
-
-    def __init__(self, transport: trio.abc.Stream, engine: _Engine) -> None:
-        self._transport = transport
-        self._engine = engine
-        self._send_lock = trio.Lock()
-        self._encrypted_bytes = 0  # plaintext encrypted and not handed to the transport yet
-        self._gathering = 1  # bytes that make our socket readable
-
-    @property
-    def peer_certificate_der(self) -> bytes | None:
-        return self._engine.peer_certificate_der()
-
-    @property
-    def socket(self) -> trio.socket.SocketType | None:
-        """Of the transport, if that is one."""
-        return self._transport.socket if isinstance(self._transport, trio.SocketStream) else None
-
-    async def do_handshake(self) -> None:
-        """Raises BrokenResourceError. The caller sets the deadline."""
-        while not self._engine.handshake():
-            await self._flush()
-            if not await self._fill():
-                raise trio.BrokenResourceError("connection closed in the TLS handshake")
-        await self._flush()
-
-    async def receive_pieces(self, wanted: int = 1) -> list[bytes]:
-        """At least one piece of what has arrived; none at the end.
-
-        `wanted`: bytes that the peer must yet send before it can expect anything of us. They come in larger batches.
-        """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            pieces = []
-            while piece := self._engine.read():
-                pieces.append(piece)
-            if pieces or piece is not None:
-                return pieces
-            if not await self._fill(wanted):
-                return []  # many peers close without a goodbye
-
-    async def _fill(self, wanted: int = 1) -> bool:
-        """Let the engine have what comes next; False at the end."""
-        socket = self.socket
-        if socket is None:
-            ciphertext = await self._transport.receive_some(READ_BYTES)
-            self._engine.put(ciphertext)
-            return bool(ciphertext)
-        gather = min(wanted - UNREAD_BYTES_MAX, GATHER_BYTES)
-        gather = gather if gather > RECORD_BYTES else 1
-        try:
-            if gather != self._gathering:
-                socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, gather)
-                self._gathering = gather
-            if gather > 1:
-                await trio.lowlevel.wait_readable(socket)
-            else:
-                await trio.lowlevel.checkpoint()
-            while True:
-                try:
-                    count = os.readv(socket.fileno(), [_SCRATCH])
-                    break
-                except BlockingIOError:
-                    await trio.lowlevel.wait_readable(socket)
-        except OSError as error:
-            if socket.fileno() < 0:
-                raise trio.ClosedResourceError("this stream is closed") from None
-            raise trio.BrokenResourceError(f"connection broken: {error.strerror}") from error
-        self._engine.put(memoryview(_SCRATCH)[:count])
-        return bool(count)
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """`max_bytes` is not honoured: what has arrived comes at once."""
-        return b"".join(await self.receive_pieces())
-
-    async def send_buffers(self, buffers: Sequence[Buffer]) -> None:
-        """Send all of them, in order. Large ones are encrypted where they are."""
-        async with self._send_lock:
-            small = bytearray()
-            for buffer in buffers:
-                if len(buffer) < COALESCE_BYTES:
-                    small += buffer
-                    if len(small) >= COALESCE_BYTES:
-                        await self._encrypt(memoryview(small))
-                        small = bytearray()
-                else:
-                    await self._encrypt(memoryview(small))
-                    small = bytearray()
-                    await self._encrypt(memoryview(buffer))
-            await self._encrypt(memoryview(small))
-            await self._send_encrypted()
-
-    async def _encrypt(self, data: memoryview) -> None:
-        """The send lock is held. Sends whenever enough has gathered."""
-        position = 0
-        while position < len(data):
-            written = self._engine.write(data[position : position + SEND_BYTES])
-            position += written
-            self._encrypted_bytes += written
-            if self._encrypted_bytes >= SEND_BYTES:
-                await self._send_encrypted()
-
-    async def _send_encrypted(self) -> None:
-        self._encrypted_bytes = 0
-        if ciphertext := self._engine.take():
-            await self._transport.send_all(ciphertext)
-
-    async def send_all(self, data: Buffer) -> None:
-        await self.send_buffers([data])
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._transport.wait_send_all_might_not_block()
-
-    async def _flush(self) -> None:
-        async with self._send_lock:
-            await self._send_encrypted()
-
-    async def aclose(self) -> None:
-        try:
-            with trio.move_on_after(CLOSE_TIMEOUT_S):
-                self._engine.shutdown()
-                await self._flush()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
-            pass
-        finally:
-            await trio.aclose_forcefully(self._transport)
+_PARTIAL_WRITE: Final = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE: each call would write one record
 
 
 class TubTLS:
@@ -244,7 +82,7 @@ async def dial_pinned(transport: trio.abc.Stream, spki_hash: bytes) -> TLSStream
     return stream
 
 
-async def _shake_hands(transport: trio.abc.Stream, engine: _Engine) -> TLSStream:
+async def _shake_hands(transport: trio.abc.Stream, engine: Engine) -> TLSStream:
     stream = TLSStream(transport, engine)
     await stream.do_handshake()
     return stream
@@ -299,15 +137,17 @@ class _LibraryEngine:
     def take(self) -> bytes:
         return self._outgoing.read()
 
-    def read(self) -> bytes | None:
+    def read(self, pieces: list[bytes]) -> bool:
         try:
-            return self._tls.read(RECORD_BYTES)
+            while piece := self._tls.read(RECORD_BYTES):
+                pieces.append(piece)
         except ssl.SSLWantReadError:
-            return None
+            return True
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            return b""
+            return False
         except ssl.SSLError as error:
             raise trio.BrokenResourceError("TLS failed") from error
+        return False
 
     def write(self, plaintext: memoryview) -> int:
         try:
@@ -336,6 +176,7 @@ def _server_context(identity: TubIdentity) -> SSL.Context:
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(b"DEFAULT:@SECLEVEL=1")
     context.set_options(SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)  # every connection proves its key anew
+    context.clear_mode(_PARTIAL_WRITE)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     certificate = crypto.load_certificate(crypto.FILETYPE_PEM, identity.certificate_pem)
     key = crypto.load_privatekey(crypto.FILETYPE_PEM, identity.private_key_pem)
@@ -376,13 +217,14 @@ class _ServerEngine:
             except SSL.WantReadError:
                 return b"".join(pieces)
 
-    def read(self) -> bytes | None:
+    def read(self, pieces: list[bytes]) -> bool:
         try:
-            return self._tls.recv(RECORD_BYTES)
+            while True:
+                pieces.append(self._tls.recv(RECORD_BYTES))
         except SSL.WantReadError:
-            return None
+            return True
         except (SSL.ZeroReturnError, SSL.SysCallError):
-            return b""
+            return False
         except SSL.Error as error:
             raise trio.BrokenResourceError("TLS failed") from error
 

@@ -26,7 +26,8 @@ from grid.formats import base32
 from grid.formats.furl import Furl
 from grid.transports.connection import Connection, PendingCall, RemoteReference
 from grid.transports.handshake import Handshaker
-from grid.transports.tls import TLSStream, TubTLS
+from grid.transports.tls import TubTLS
+from grid.transports.tls_stream import TLSStream
 from grid.wire.duplicates import ConnectionRecords, DuplicateConnectionError
 from grid.wire.negotiation import Agreement
 from grid.wire.references import Referenceable

@@ -76,7 +76,7 @@ class TokenReader:
         self.string_bytes_max = STRING_BYTES_MAX  # may be changed at any time
         self._data = b""  # not yet parsed; never more than one header beyond what was last given
         self._position = 0
-        self._body: list[bytes] = []  # pieces of a body that did not arrive whole
+        self._body: list[bytes | memoryview] = []  # pieces of a body that did not arrive whole
         self._body_kind = 0  # of which type, or 0 when no body is under way
         self._body_missing = 0  # bytes
 
@@ -85,13 +85,21 @@ class TokenReader:
         """Bytes, of a long body that has begun to arrive."""
         return self._body_missing
 
-    def receive_data(self, data: bytes) -> None:
+    def receive_data(self, *pieces: bytes) -> None:
+        """What came, in order."""
+        taken = 0
         if self._body_missing:
             # A long body: keep the pieces as they come, so that no byte is looked at twice.
-            if len(data) <= self._body_missing:
-                self._body.append(data)
-                self._body_missing -= len(data)
+            for piece in pieces:
+                if len(piece) > self._body_missing:
+                    break
+                self._body.append(piece)
+                self._body_missing -= len(piece)
+                taken += 1
+            else:
                 return
+        data = pieces[taken] if len(pieces) == taken + 1 else b"".join(pieces[taken:])
+        if self._body_missing:
             self._body.append(data[: self._body_missing])
             self._data, self._position = data, self._body_missing
             self._body_missing = 0
@@ -146,7 +154,7 @@ class TokenReader:
             self._position = stop
             return _token_of_body(kind, self._data[position:stop])
         self._body_kind, self._body_missing = kind, stop - end
-        self._body = [self._data[position:]]
+        self._body = [memoryview(self._data)[position:]]
         self._data, self._position = b"", 0
         return None
 

@@ -105,10 +105,11 @@ class Broker:
         """Bytes that will come before anything can happen: the rest of a long string."""
         return self._tokens.body_missing
 
-    def receive_data(self, data: bytes) -> list[Event]:
+    def receive_data(self, *pieces: bytes) -> list[Event]:
+        """What came, in order, means what follows."""
         events: list[Event] = []
         tokens, reader = self._tokens, self._reader
-        tokens.receive_data(data)
+        tokens.receive_data(*pieces)
         try:
             while (token := tokens.next_token()) is not None:
                 kind, number = token

@@ -18,7 +18,8 @@ from grid.server.gbs import GBSStorage
 from grid.server.storage import StorageService
 from grid.transports.http import HTTPConnection
 from grid.transports.listener import CombinedPort
-from grid.transports.tls import ServerTLS, TLSStream, dial_pinned
+from grid.transports.tls import ServerTLS, dial_pinned
+from grid.transports.tls_stream import TLSStream
 from grid.transports.tub import Tub
 from grid.wire.gbs import Nurl
 from tests.grid.server.stores import serve

@@ -23,7 +23,8 @@ from grid.crypto import make_tub_identity
 from grid.errors import PeerError
 from grid.interfaces import IStorageServer, LeaseSecrets, SlotSecrets, SlotWrite
 from grid.transports.handshake import Handshaker
-from grid.transports.tls import TLSStream, TubTLS, dial_pinned
+from grid.transports.tls import TubTLS, dial_pinned
+from grid.transports.tls_stream import TLSStream
 from grid.wire.banana import header
 from grid.wire.duplicates import ConnectionRecords
 from grid.wire.gbs import authorization

@@ -12,7 +12,8 @@ from grid.crypto import make_tub_identity
 from grid.errors import ConnectionLostError
 from grid.transports import connection as connection_module
 from grid.transports.connection import PONG_TIMEOUT_S, REPLY_BYTES_MAX, Connection
-from grid.transports.tls import TLSStream, TubTLS
+from grid.transports.tls import TubTLS
+from grid.transports.tls_stream import TLSStream
 from grid.wire.negotiation import Agreement
 from grid.wire.references import Referenceable
 from grid.wire.slicers import MessageWriter

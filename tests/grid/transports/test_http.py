@@ -13,7 +13,8 @@ from grid.errors import ConnectionLostError, NegotiationError, PeerError, Remote
 from grid.transports import http_server
 from grid.transports.http import Answer, HTTPConnection, StaleConnectionError
 from grid.transports.http_server import BodyTooLargeError, ClientGoneError, Drain, Request, Response, serve_http
-from grid.transports.tls import ServerTLS, TLSStream, dial_pinned
+from grid.transports.tls import ServerTLS, dial_pinned
+from grid.transports.tls_stream import TLSStream
 
 IDENTITY = make_tub_identity()
 SPKI_HASH = spki_hash_of_certificate(IDENTITY.certificate_der)
@@ -256,6 +257,38 @@ async def test_what_follows_a_body_is_the_next_request(nursery: trio.Nursery, re
     assert said == [b"/%d " % number + (body if read else b"") for number, body in enumerate(bodies)] + [b"/last "]
     await peer.over.wait()
     assert peer.ended is None
+
+
+@pytest.mark.parametrize(
+    ("start", "status", "headers", "stays"),
+    [
+        (b"GET / HTTP/1.1", 200, {b"content-length: 5"}, True),
+        (b"HEAD / HTTP/1.1", 200, {b"content-length: 5"}, True),
+        (b"GET / HTTP/1.1", 204, set(), True),
+        (b"GET / HTTP/1.0", 200, {b"content-length: 5", b"connection: close"}, False),
+        (b"GET / HTTP/1.1\r\nConnection: x, Close", 200, {b"content-length: 5", b"connection: close"}, False),
+    ],
+)
+async def test_what_an_answer_begins_with(
+    nursery: trio.Nursery, start: bytes, status: int, headers: set[bytes], stays: bool
+) -> None:
+    async def handler(request: Request) -> Response:
+        return Response(status, ((b"a", b"b"),), (b"hello",) if status == 200 else ())
+
+    peer = await served(nursery, handler)
+    await peer.client.send_all(start + b"\r\nhost: x\r\n\r\n")
+    head, _, body = (await peer.client.receive_some()).partition(b"\r\n\r\n")
+    line, *rest = head.split(b"\r\n")
+    assert line.startswith(b"HTTP/1.1 %d " % status)
+    assert body == (b"hello" if status == 200 and not start.startswith(b"HEAD") else b"")
+    assert {header for header in rest if not header.startswith(b"date: ")} == headers | {b"a: b"}
+    assert len(rest) == len(headers) + 2
+    if stays:
+        await peer.client.send_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert await peer.client.receive_some()
+    else:
+        await peer.over.wait()
+        assert peer.ended is None
 
 
 async def test_expect_continue(nursery: trio.Nursery) -> None:

@@ -9,7 +9,8 @@ import trio
 import trio.testing
 
 from grid.crypto import make_tub_identity, spki_hash_of_certificate
-from grid.transports.tls import GATHER_BYTES, ServerTLS, TLSStream, dial_pinned
+from grid.transports.tls import ServerTLS, dial_pinned
+from grid.transports.tls_stream import GATHER_BYTES, TLSStream
 
 IDENTITY = make_tub_identity()
 
@@ -72,3 +73,37 @@ async def test_closing_wakes_who_waits_for_much() -> None:
             await trio.testing.wait_all_tasks_blocked()
             await trio.aclose_forcefully(server)
     await client.aclose()
+
+
+async def test_a_slow_peer_is_heard_though_much_is_waited_for() -> None:
+    """Of what was announced only a part comes, then a little more: neither stays with the kernel."""
+    client, server = await socket_pair()
+    for part in (bytes(200_000), b"a little more"):
+        received = 0
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.send_all, part)
+                while received < len(part):
+                    received += sum(map(len, await server.receive_pieces(5_000_000)))
+        assert received == len(part)
+    await client.aclose()
+    await server.aclose()
+
+
+async def test_a_reader_that_is_late_gets_all(autojump_clock: trio.testing.MockClock) -> None:
+    """More than the kernel takes at once: the sender waits, and is woken."""
+    client, server = await socket_pair()
+    data = random.Random(1).randbytes(12_000_000)
+    received = bytearray()
+
+    async def read() -> None:
+        await trio.sleep(1)
+        while len(received) < len(data):
+            received.extend(await server.receive_some())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        await client.send_buffers([data[:100], memoryview(data)[100:]])
+    assert received == data
+    await client.aclose()
+    await server.aclose()

@@ -54,6 +54,12 @@ def encode(token: Token) -> bytes:
     return ping_token(kind, value) if kind in (PING, PONG) else header(value) + bytes((kind,))
 
 
+def read_at_once(reader: TokenReader, *pieces: bytes) -> list[Token]:
+    """As read_all(), of pieces that came together."""
+    reader.receive_data(*pieces)
+    return read_all(reader, b"")
+
+
 def read_all(reader: TokenReader, *pieces: bytes) -> list[Token]:
     tokens = []
     for piece in pieces:
@@ -76,6 +82,17 @@ def test_any_cut_gives_the_same_tokens(tokens: list[Token], data: st.DataObject)
     pieces = [encoded[a:b] for a, b in zip([0, *cuts], [*cuts, len(encoded)], strict=True)]
     assert read_all(TokenReader(), *pieces) == tokens
     assert read_all(TokenReader(), *(encoded[i : i + 1] for i in range(len(encoded)))) == tokens
+
+
+@given(st.lists(TOKENS, min_size=1, max_size=8), st.data())
+def test_pieces_that_come_together_give_the_same_tokens(tokens: list[Token], data: st.DataObject) -> None:
+    stream = b"".join(map(encode, tokens))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
+    pieces = [stream[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    split = data.draw(st.integers(0, len(pieces) - 1))
+    reader = TokenReader()
+    got = read_at_once(reader, *pieces[:split]) if split else []
+    assert got + read_at_once(reader, *pieces[split:]) == tokens
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))

@@ -1,0 +1,215 @@
+"""A TLS connection as a trio stream, over any byte stream; who does the cryptography is an `Engine`.
+
+    socket -> scratch -> engine -> pieces, one for each record          pieces -> engine -> ciphertext -> socket
+
+Both ways in large pieces: on a fast line each wakeup costs more than what it moves. Who knows that much is on its way
+may say so: then the kernel wakes us once for GATHER_BYTES, not for every packet. A send that the kernel takes at once
+does not give way to other tasks.
+
+Limits: nothing is read ahead beyond one read of the socket, and ciphertext is sent in pieces of at most SEND_BYTES and
+what records add to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from socket import SO_RCVLOWAT, SOL_SOCKET
+from typing import Final, Protocol
+
+import trio
+
+READ_BYTES: Final = 1 << 20  # asked of the socket at a time
+RECORD_BYTES: Final = 16 << 10  # plaintext in one TLS record
+SEND_BYTES: Final = 256 << 10  # ciphertext gathered before it is handed to the socket
+COALESCE_BYTES: Final = RECORD_BYTES  # smaller buffers are joined until they fill a record
+GATHER_BYTES: Final = 1 << 20  # waited for at a time where so much is known to come
+GATHER_TIMEOUT_S: Final = 0.2  # then what has come will do: on a slow line, or from a peer that stopped
+UNREAD_BYTES_MAX: Final = 32 << 10  # of what was received, in a record that is not whole: less than two records
+CLOSE_TIMEOUT_S: Final = 1.0  # for the goodbye
+
+_SCRATCH: Final = bytearray(READ_BYTES)  # never in use across an await: sockets are read into it, engines copy from it
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Engine(Protocol):
+    """One TLS connection over memory. Raises BrokenResourceError for everything that is wrong with it."""
+
+    def handshake(self) -> bool:
+        """Whether it is finished; else more has to come from the peer."""
+
+    def put(self, ciphertext: Buffer) -> None: ...
+    def take(self) -> bytes:
+        """Ciphertext to send."""
+
+    def read(self, pieces: list[bytes]) -> bool:
+        """Append what has come, a piece for each record; False when that was the end."""
+
+    def write(self, plaintext: memoryview) -> int: ...
+    def shutdown(self) -> None: ...
+    def peer_certificate_der(self) -> bytes | None: ...
+
+
+class TLSStream(trio.abc.Stream):
+    """A byte stream inside TLS; knows the certificate of its peer once the handshake is done."""
+
+    def __init__(self, transport: trio.abc.Stream, engine: Engine) -> None:
+        self._transport = transport
+        self._engine = engine
+        self._send_lock = trio.Lock()
+        self._encrypted_bytes = 0  # plaintext encrypted and not handed to the transport yet
+        self._gathering = 1  # bytes that make our socket readable
+
+    @property
+    def peer_certificate_der(self) -> bytes | None:
+        return self._engine.peer_certificate_der()
+
+    @property
+    def socket(self) -> trio.socket.SocketType | None:
+        """Of the transport, if that is one."""
+        return self._transport.socket if isinstance(self._transport, trio.SocketStream) else None
+
+    async def do_handshake(self) -> None:
+        """Raises BrokenResourceError. The caller sets the deadline."""
+        while not self._engine.handshake():
+            await self._flush()
+            if not await self._fill():
+                raise trio.BrokenResourceError("connection closed in the TLS handshake")
+        await self._flush()
+
+    async def receive_pieces(self, wanted: int = 1) -> list[bytes]:
+        """At least one piece of what has arrived; none at the end.
+
+        `wanted`: bytes that the peer must yet send before it can expect anything of us. They come in larger batches.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        pieces: list[bytes] = []
+        while self._engine.read(pieces) and not pieces:
+            if not await self._fill(wanted):
+                break  # many peers close without a goodbye
+        return pieces
+
+    async def _fill(self, wanted: int = 1) -> bool:
+        """Let the engine have what comes next; False at the end."""
+        socket = self.socket
+        if socket is None:
+            ciphertext = await self._transport.receive_some(READ_BYTES)
+            self._engine.put(ciphertext)
+            return bool(ciphertext)
+        gather = min(wanted - UNREAD_BYTES_MAX, GATHER_BYTES)
+        waited = gather > RECORD_BYTES
+        try:
+            if waited:
+                with trio.move_on_after(GATHER_TIMEOUT_S):
+                    await self._wait_readable(socket, gather)
+            while True:
+                try:
+                    count = os.readv(socket.fileno(), [_SCRATCH])
+                    break
+                except BlockingIOError:
+                    await self._wait_readable(socket, 1)
+                    waited = True
+        except OSError as error:
+            raise _trouble(socket, error) from error
+        self._engine.put(memoryview(_SCRATCH)[:count])
+        if not waited:
+            await trio.lowlevel.checkpoint()  # a peer that always has more must not keep others waiting
+        return bool(count)
+
+    async def _wait_readable(self, socket: trio.socket.SocketType, gather: int) -> None:
+        """Until so many bytes are there, or the end is."""
+        if gather != self._gathering:
+            socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, gather)
+            self._gathering = gather
+        await trio.lowlevel.wait_readable(socket)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """`max_bytes` is not honoured: what has arrived comes at once."""
+        return b"".join(await self.receive_pieces())
+
+    async def send_buffers(self, buffers: Sequence[Buffer]) -> None:
+        """Send all of them, in order. Large ones are encrypted where they are."""
+        await self._take_turn()
+        try:
+            small = bytearray()
+            for buffer in buffers:
+                if len(buffer) < COALESCE_BYTES:
+                    small += buffer
+                    if len(small) < COALESCE_BYTES:
+                        continue
+                if small:
+                    await self._encrypt(memoryview(small))
+                    small = bytearray()
+                if len(buffer) >= COALESCE_BYTES:
+                    await self._encrypt(memoryview(buffer))
+            if small:
+                await self._encrypt(memoryview(small))
+            await self._send_encrypted()
+        finally:
+            self._send_lock.release()
+
+    async def _take_turn(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._send_lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._send_lock.acquire()
+
+    async def _encrypt(self, data: memoryview) -> None:
+        """The send lock is held. Sends whenever enough has gathered, and gives way to others then."""
+        position = 0
+        while position < len(data):
+            written = self._engine.write(data[position : position + SEND_BYTES])
+            position += written
+            self._encrypted_bytes += written
+            if self._encrypted_bytes >= SEND_BYTES:
+                await self._send_encrypted()
+                await trio.lowlevel.checkpoint()
+
+    async def _send_encrypted(self) -> None:
+        self._encrypted_bytes = 0
+        rest = memoryview(self._engine.take())
+        socket = self.socket
+        if socket is None:
+            if rest:
+                await self._transport.send_all(rest)
+            return
+        # Not by way of the transport: that gives way to others for each piece, which costs more than a small send.
+        try:
+            while rest:
+                try:
+                    rest = rest[os.write(socket.fileno(), rest) :]
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(socket)
+        except OSError as error:
+            raise _trouble(socket, error) from error
+
+    async def send_all(self, data: Buffer) -> None:
+        await self.send_buffers([data])
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._transport.wait_send_all_might_not_block()
+
+    async def _flush(self) -> None:
+        await self._take_turn()
+        try:
+            await self._send_encrypted()
+        finally:
+            self._send_lock.release()
+
+    async def aclose(self) -> None:
+        try:
+            with trio.move_on_after(CLOSE_TIMEOUT_S):
+                self._engine.shutdown()
+                await self._flush()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+            pass
+        finally:
+            await trio.aclose_forcefully(self._transport)
+
+
+def _trouble(socket: trio.socket.SocketType, error: OSError) -> Exception:
+    if socket.fileno() < 0:
+        return trio.ClosedResourceError("this stream is closed")
+    return trio.BrokenResourceError(f"connection broken: {error.strerror}")
