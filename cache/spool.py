@@ -33,6 +33,8 @@ from grid.crypto import KEY_BYTES, aes_ctr
 from grid.errors import GridError, NotWriteableError
 
 CHUNK_BYTES = 1 << 20  # read at a time
+DISK_RESERVE_BYTES = 8 << 20  # left free on the disk, so that the journal itself can go on
+DISK_LOOK_S = 0.5  # between looks whether there is room on a full disk
 SPANS_MAX = 1 << 20  # separate ranges in one file: 4 GiB of scattered 4 KiB writes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -104,20 +106,30 @@ class Spool:
             self._let_go_oldest()
 
     async def room(self, size: int, wait_s: float) -> None:
-        """Return once `size` bytes more are within the limit; files kept for reading give way. SpoolFullError."""
+        """Return once there is room for `size` bytes more, by the limit and on the disk. Raises SpoolFullError.
+
+        Files kept for reading give way.
+        """
         if self._make_room(size):
             return
         with trio.move_on_after(wait_s):
             while not self._make_room(size):
-                await self._room.wait()
+                with trio.move_on_after(DISK_LOOK_S):  # others make room on the disk without telling us
+                    await self._room.wait()
             return
+        if self.used_bytes + size <= self.limit_bytes:
+            raise SpoolFullError("the local disk is full")
         raise SpoolFullError(f"{self.used_bytes} bytes are not on the grid yet, the limit is {self.limit_bytes}")
 
     def account(self, growth: int) -> None:
         self.used_bytes += growth
         if growth < 0:
-            self._room.set()
-            self._room = trio.Event()
+            self.wake()
+
+    def wake(self) -> None:
+        """Let those who wait for room look again."""
+        self._room.set()
+        self._room = trio.Event()
 
     def keep(self, storage_index: bytes, stored: Keepable) -> None:
         """Keep a stored file to be read back, within the bound; takes an ownership of its own."""
@@ -136,9 +148,14 @@ class Spool:
         return self._kept.get(storage_index)
 
     def _make_room(self, size: int) -> bool:
-        while self.used_bytes + size > self.limit_bytes and self._kept:
+        while self._kept and not self._fits(size):
             self._let_go_oldest()
-        return self.used_bytes + size <= self.limit_bytes
+        return self._fits(size)
+
+    def _fits(self, size: int) -> bool:
+        if self.used_bytes + size > self.limit_bytes:
+            return False
+        return self._path is None or free_bytes(self._path) >= size + DISK_RESERVE_BYTES
 
     def _let_go_oldest(self) -> None:
         _, stored = self._kept.popitem(last=False)
@@ -190,6 +207,7 @@ class SpoolFile:
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+        self._spool.wake()
 
     def open(self) -> Self:
         if self._users == 0:
@@ -268,6 +286,12 @@ class SpoolFile:
         if self.spans.total != before:
             os.ftruncate(self._fd, self.spans.stop)
             self._spool.account(self.spans.total - before)
+
+
+def free_bytes(path: Path) -> int:
+    """What may still be written on the file system of `path`."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def _create(path: Path) -> int:

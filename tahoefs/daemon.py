@@ -286,7 +286,11 @@ def main() -> int:
             os.dup2(null, descriptor)
         os.close(null)
 
-    set_up_logging(log_file(config), debug=config.debug)
+    try:
+        set_up_logging(log_file(config), debug=config.debug)
+    except OSError as refused:
+        answer({"error": f"cannot log to {log_file(config)}: {refused.strerror}; is the place yours?", "exit_code": 1})
+        return 1
     try:
         trio.run(run_mount, config, lambda: answer({"ready": True}))
     except BaseException as raised:

@@ -16,7 +16,7 @@ from cache.convergence import FileEncoding
 from cache.layers import BytesContents
 from cache.sealed import SealedFile, SpoolUploadable
 from cache.spans import Spans
-from cache.spool import Spool, SpoolFullError
+from cache.spool import DISK_RESERVE_BYTES, Spool, SpoolFullError
 from grid.errors import NotEnoughSharesError
 from grid.formats.hashutil import convergence_hasher
 
@@ -208,6 +208,20 @@ async def test_the_disk_shows_no_plaintext(state_dir: Path) -> None:
     assert [path.stat().st_size for path in files] == [len(MARKER) * 100]
     assert all(MARKER not in path.read_bytes() and path.stat().st_mode & 0o777 == 0o600 for path in files)
     contents.close()
+
+
+async def test_some_of_the_disk_is_left_free(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the journal, which has to be written though the disk is full. Files kept for reading give way."""
+    free = DISK_RESERVE_BYTES + 100
+    monkeypatch.setattr("cache.spool.free_bytes", lambda path: free)
+    spool = open_spool(state_dir)
+    await spool.room(100, 0)
+    with pytest.raises(SpoolFullError, match="disk is full"):
+        await spool.room(101, 0.01)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(spool.room, 200, 60)
+        await trio.testing.wait_all_tasks_blocked()
+        free += 100  # another program removes something: nobody tells
 
 
 async def test_a_writer_waits_for_room(state_dir: Path) -> None:
