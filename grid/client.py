@@ -47,6 +47,7 @@ METRICS: Final = (
     Metric("grid_servers", "gauge", "Storage servers that are known."),
     Metric("grid_servers_connected", "gauge", "Storage servers that are connected."),
     Metric("grid_space_bytes", "gauge", "Bytes the connected servers said they have left."),
+    Metric("grid_keys_ready", "gauge", "RSA keys made ahead, for new mutable files and directories."),
     Metric("grid_introducers_connected", "gauge", "Introducers that are connected."),
     Metric("grid_helper_connected", "gauge", "Whether the upload helper is connected."),
     Metric("grid_server_latency_seconds", "gauge", "Average seconds of a server's late small calls.", "server"),
@@ -62,6 +63,7 @@ class GridClient:
         self.node = node
         self.broker = broker
         self.helper = helper
+        self._keys = keys
         self.secrets = Secrets(node.lease_secret)
         self.uploader = Uploader(
             broker,
@@ -104,6 +106,7 @@ class GridClient:
             "grid_servers": len(servers),
             "grid_servers_connected": len(connected),
             "grid_space_bytes": sum(server.available_space or 0 for server in connected),
+            "grid_keys_ready": self._keys.ready,
             "grid_introducers_connected": sum(each.connected_to_introducer() for each in self.broker.introducers),
         }
         if self.helper is not None:

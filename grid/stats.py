@@ -95,11 +95,15 @@ class Family:
     def _of(self, label: str) -> Any:
         value = self.values.get(label)
         if value is None:
-            if len(self.values) >= LABELS_MAX or not (LABEL.fullmatch(label) or label == ""):
-                label = "other"
+            label = "other" if len(self.values) >= LABELS_MAX else _plain(label)
             made = Counter() if self.metric.kind == "counter" else Histogram()
             value = self.values.setdefault(label, made)
         return value
+
+
+def _plain(label: str) -> str:
+    """It, unless it might hold something that is nobody's business: a static server's id is free text."""
+    return label if LABEL.fullmatch(label) or label == "" else "other"
 
 
 class Counters(Family):
@@ -178,7 +182,7 @@ class Registry:
                 continue
             for key, value in told.items():
                 name, _, label = key.partition(".")
-                found.setdefault(name, (metrics[name], {}))[1][label] = value
+                found.setdefault(name, (metrics[name], {}))[1][_plain(label)] = value
         return [Reading(*found[name]) for name in sorted(found)]
 
     def get_stats(self) -> dict[str, float]:

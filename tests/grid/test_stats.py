@@ -118,6 +118,13 @@ def test_a_registry_tells_what_its_parts_tell() -> None:
     assert names == sorted(names) and "server_calls" in names
 
 
+def test_what_is_no_label_is_not_shown() -> None:
+    registry = Registry()
+    registry.register(Part({"part_things.my secret": 1, "part_things./a/path": 2, "part_things.fine-1": 3}), METRICS)
+    told = {key for key in registry.get_stats() if key.startswith("part_things")}
+    assert told == {"part_things.other", "part_things.fine-1"}
+
+
 def test_a_part_that_fails_is_left_out_and_one_that_lies_is_a_bug() -> None:
     registry = Registry()
     registry.register(Part(OSError(5, "gone")), METRICS)
