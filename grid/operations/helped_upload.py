@@ -44,7 +44,7 @@ DISTRUST_S: Final = 3600.0  # a helper that was caught lying is left alone for s
 
 
 class HelperLiedError(GridError):
-    """The upload helper says it stored a file, and it is not so. Nothing was linked."""
+    """The upload helper stored something else than what it was given. Nothing was linked."""
 
 
 class CiphertextReader(Referenceable):
@@ -167,7 +167,9 @@ class HelpedUploads:
             reader = await _reader_of(uploadable, progress)
             try:
                 results = await self._by_helper(storage_index, reader)
-                tail = await self._check(storage_index, reader, results)
+                tail = await self._check(reader, results)
+                if not await self._is_spread(storage_index, reader, results):
+                    break  # what is there already is found again, and the rest added
                 if progress is not None:
                     for _ in results.sharemap:
                         progress.placed()
@@ -183,9 +185,6 @@ class HelpedUploads:
                 position = max(position, reader.position)
                 if not await self._helper.wait_connected(RETURN_TIMEOUT_S):
                     break
-            except HelperLiedError:
-                self._distrusted_until = trio.current_time() + DISTRUST_S
-                raise
             except PeerError as error:
                 log.warning("the upload helper cannot be used: %s", error)
                 break
@@ -210,21 +209,34 @@ class HelpedUploads:
 
     # --- not believing it
 
-    async def _check(self, storage_index: bytes, reader: CiphertextReader, results: HelperResults) -> EncodedTail:
+    async def _check(self, reader: CiphertextReader, results: HelperResults) -> EncodedTail:
         """Raises HelperLiedError."""
         tail = await reader.finish()
         params = reader.params
         told = results.ueb_hash, results.k, results.n, results.segment_size, results.size
         if told != (tail.ueb_hash, params.k, params.n, params.segment_size, reader.size):
+            self._distrust()
             raise HelperLiedError("the upload helper stored something else than what it was given")
-        sharemap = await self._confirmed(storage_index, results)
-        if happiness(sharemap) < params.happy:
-            raise HelperLiedError("the upload helper names servers that do not have the shares")
         return tail
 
-    async def _confirmed(self, storage_index: bytes, results: HelperResults) -> dict[int, set[str]]:
-        """The sharemap without what the servers deny. Servers that we cannot ask are given credit."""
+    async def _is_spread(self, storage_index: bytes, reader: CiphertextReader, results: HelperResults) -> bool:
+        """Whether the shares are on enough servers: as the helper says, and the servers confirm."""
         sharemap = {number: set(servers) for number, servers in results.sharemap.items() if 0 <= number < results.n}
+        if happiness(sharemap) < reader.params.happy:
+            log.info("a file was found on too few servers by the upload helper")
+            return False
+        await self._leave_out_what_is_denied(storage_index, sharemap)
+        if happiness(sharemap) < reader.params.happy:
+            log.error("the upload helper names servers that do not have the shares")
+            self._distrust()
+            return False
+        return True
+
+    def _distrust(self) -> None:
+        self._distrusted_until = trio.current_time() + DISTRUST_S
+
+    async def _leave_out_what_is_denied(self, storage_index: bytes, sharemap: dict[int, set[str]]) -> None:
+        """Servers that we cannot ask are given credit."""
         named = set().union(*sharemap.values())
 
         async def ask(server: IStorageServer) -> None:
@@ -241,7 +253,6 @@ class HelpedUploads:
                 for server in self._broker.get_permuted_servers(storage_index):
                     if server.server_id in named and getattr(server, "responsive", True):
                         nursery.start_soon(ask, server)
-        return sharemap
 
 
 async def _reader_of(uploadable: IUploadable, progress: IUploadProgress | None) -> CiphertextReader:

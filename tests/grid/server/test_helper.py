@@ -312,7 +312,7 @@ async def test_an_error_of_the_source_is_the_uploads_error(site: Site) -> None:
 # --- helpers that lie
 
 
-@pytest.mark.parametrize("lie", ["hash", "size", "denied"])
+@pytest.mark.parametrize("lie", ["hash", "size"])
 async def test_a_lie_is_found_out(site: Site, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
     """The file is stored all the same, under a key of its own, and the helper left alone."""
     original = Helper.upload
@@ -321,11 +321,8 @@ async def test_a_lie_is_found_out(site: Site, monkeypatch: pytest.MonkeyPatch, l
         results = await original(self, storage_index, reader)
         if lie == "hash":
             results.attributes[b"uri_extension_hash"] = bytes(32)
-        elif lie == "size":
-            results.attributes[b"uri_extension_data"]["size"] += 1
         else:
-            for server in site.grid.servers[:5]:
-                server.immutable.pop(storage_index, None)
+            results.attributes[b"uri_extension_data"]["size"] += 1
         return results
 
     monkeypatch.setattr(Helper, "upload", lying)
@@ -340,6 +337,37 @@ async def test_a_lie_is_found_out(site: Site, monkeypatch: pytest.MonkeyPatch, l
     sent = site.relay.sent
     await site.upload(noise(100_000, 5))
     assert site.relay.sent - sent < 5000
+
+
+async def test_shares_that_servers_deny_are_sent_to_them(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the helper that named them is left alone."""
+    original = Helper.upload
+
+    async def lying(self: Helper, storage_index: bytes, reader: Any) -> Copyable:
+        results = await original(self, storage_index, reader)
+        for server in site.grid.servers[:5]:
+            server.immutable.pop(storage_index, None)
+        return results
+
+    monkeypatch.setattr(Helper, "upload", lying)
+    cap = await site.upload()
+    assert cap == await chk_cap_of(uploadable(DATA))
+    assert len(site.grid.shares(cap.storage_index)) == 10
+    assert await site.helped.upload(uploadable(noise(1000))) is None
+
+
+async def test_a_file_on_too_few_servers_is_spread(site: Site) -> None:
+    """The helper finds it whole, and says so: that is no lie, but not enough."""
+    for server in site.grid.servers[2:]:
+        server.connected = False
+    cap = await site.upload(uploader=Uploader(site.grid.broker, Secrets(SECRET)), happy=1)
+    for server in site.grid.servers:
+        server.connected = True
+    sent = site.relay.sent
+    assert await site.upload(happy=7) == cap
+    assert site.helper.found == 1 and site.relay.sent - sent < 5000
+    assert len({server for servers in site.grid.holders(cap.storage_index).values() for server in servers}) >= 7
+    assert await site.helped.upload(uploadable(noise(1000))) is not None
 
 
 async def test_poisoned_ciphertext_is_found_out(site: Site) -> None:
