@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tahoefs.cli import UserError, node_dir_option
+from tahoefs.cli import UserError, node_dir_option, warn
 from tahoefs.progress import Progress, human_bytes
 
 if TYPE_CHECKING:
     import grid
     from grid.nodes.freeze import FreezeResults
+    from tahoefs.what import What
 
 
 @click.command("freeze", short_help="an immutable snapshot of a tree; only directories are uploaded")
@@ -34,8 +35,7 @@ def command(path: str, alias: str | None, as_json: bool, node_dir: Path) -> int:
 
     if alias is not None and (alias := alias.removesuffix(":")) in load_aliases(node_dir):
         raise UserError(f"there is an alias {alias}: in {node_dir} already")
-    what = path if ":" in path or path == "-" or path.startswith("@") else _cap_of_folder(Path(path))
-    cap, results = trio.run(_freeze, what, node_dir)
+    cap, results = trio.run(_freeze, _target(path, node_dir), node_dir)
     if alias is not None:
         add_alias(node_dir, alias, str(cap))
     if as_json:
@@ -47,29 +47,36 @@ def command(path: str, alias: str | None, as_json: bool, node_dir: Path) -> int:
     return 1 if results.left_out else 0
 
 
-def _cap_of_folder(path: Path) -> str:
-    """Of a directory in a mount, once everything written there is on the grid."""
+def _target(path: str, node_dir: Path) -> What:
+    """Of a directory in a mount: its cap, once everything written there is on the grid."""
     from tahoefs.commands.sync import wait_until_sent
+    from tahoefs.places import OnGrid, find_place
+    from tahoefs.what import What, WhatError
 
     try:
-        if not path.is_dir():
-            raise UserError(f"{path}: no such directory, and no WHAT (ALIAS:, @FILE, - or a cap)")
-        wait_until_sent(path)
-        return os.getxattr(path, "user.tahoe.cap").decode()
+        place = find_place(path, node_dir)
+    except WhatError as error:
+        raise UserError(str(error), 2) from None
+    if isinstance(place, OnGrid):
+        for warning in place.what.warnings:
+            warn(warning)
+        return place.what
+    wait_until_sent(Path(path))
+    try:
+        return What(os.getxattr(path, "user.tahoe.cap").decode(), (), path)
     except OSError as error:
-        raise UserError(f"{path}: not a directory in a mount of yours ({error.strerror})") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
-async def _freeze(what: str, node_dir: Path) -> tuple[grid.Cap, FreezeResults]:
+async def _freeze(target: What, node_dir: Path) -> tuple[grid.Cap, FreezeResults]:
     from grid.nodes.freeze import Freezer
-    from tahoefs.on_grid import find, joined, look_up, node_directory_of
+    from tahoefs.on_grid import find, joined, node_directory_of
 
     with Progress("freezing") as progress:
 
         def note(results: FreezeResults) -> None:
             progress.objects(results.directories, f"{results.kept} files kept, {len(results.copied)} copied")
 
-        target = look_up(what, node_dir)
         async with joined(node_directory_of(target, node_dir), target.local) as client:
             freezer = Freezer(client.nodemaker, client.node.convergence, note)
             return await freezer.freeze(await find(client, target)), freezer.results

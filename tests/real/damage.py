@@ -19,6 +19,8 @@ IMMUTABLE_HEADER_BYTES: Final = 12
 IMMUTABLE_LEASE_BYTES: Final = 72
 MUTABLE_LENGTH_AT: Final = 84
 MUTABLE_DATA_OFFSET: Final = 468
+MUTABLE_LEASES_AT: Final = 100
+MUTABLE_LEASE_BYTES: Final = 92
 HASH_BYTES: Final = 32
 
 CHK_FIELDS: Final = (
@@ -189,3 +191,18 @@ def moved_together(numbers: Sequence[int], onto: int, *, keep: bool) -> Damage:
                 first(copies, number).unlink()
 
     return do
+
+
+def age_leases(file: Path, seconds: int) -> None:
+    """Every lease of the share was granted so much earlier."""
+    data = bytearray(file.read_bytes())
+    if is_mutable(file):
+        places = [MUTABLE_LEASES_AT + MUTABLE_LEASE_BYTES * slot + 4 for slot in range(4)]
+        places = [at for at in places if data[at - 4 : at] != bytes(4)]  # owner 0: no lease
+    else:
+        (leases,) = struct.unpack_from(">L", data, 8)
+        places = [len(data) - 4 - IMMUTABLE_LEASE_BYTES * number for number in range(leases)]
+    for at in places:
+        (expires,) = struct.unpack_from(">L", data, at)
+        struct.pack_into(">L", data, at, expires - seconds)
+    file.write_bytes(data)

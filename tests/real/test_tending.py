@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import trio
 
+from grid.check_history import CheckHistory
+from grid.client import join_grid
 from grid.formats.base32 import b2a
 from grid.formats.caps import parse_known_cap
+from grid.node_directory import NodeDirectory
 from tests.real.damage import Copies, Damage, deleted, field_flipped, truncated
 from tests.real.mounting import tahoefs
 from tests.real.sample_tree import content
@@ -84,10 +88,10 @@ def test_the_same_walk_as_the_real_client(real_grid: TahoeGrid, node_dir: Path) 
         if results.get("servers-responding"):
             results["servers-responding"].sort()
     assert [*units, stats] == found
-    assert (totals["count-objects-checked"], totals["count-objects-healthy"]) == (11, 11)
+    assert (totals["count-objects-checked"], totals["count-objects-healthy"]) == (10, 10)
     shown = tahoefs("check", "-", "--deep", "-d", node_dir, stdin=root).stdout.splitlines()
     assert shown[0] == "'<root>': Healthy" and "'sub/y': Healthy" in shown and "'a-lit': Healthy (LIT)" in shown
-    assert shown[-1] == "done: 11 objects checked, 11 healthy, 0 unhealthy"
+    assert shown[-1] == "done: 10 objects checked, 10 healthy, 0 unhealthy"
 
 
 DAMAGES: Final[dict[str, Damage]] = {
@@ -98,57 +102,61 @@ DAMAGES: Final[dict[str, Damage]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["CHK", "SDMF", "DIR2"])
-def test_what_we_repair_the_real_client_finds_whole(real_grid: TahoeGrid, node_dir: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["CHK", "SDMF", "MDMF", "DIR2"])
+async def test_what_we_repair_the_real_client_finds_whole(real_grid: TahoeGrid, kind: str) -> None:
     """With n distinct shares, none twice. A corrupt immutable share stays: its number is made elsewhere."""
     data = content(70_000, 7)
-    if kind == "DIR2":
+
+    def make(seed: int) -> str:
+        if kind != "DIR2":
+            return real_grid.put(data if kind != "CHK" else content(70_000, seed), kind)
         cap = real_grid.mkdir()
-        for name in ("x", "y"):
-            real_grid.put_at(cap, name, data[:100])
-    else:
-        cap = real_grid.put(data, kind)
-    for name, damage in DAMAGES.items():
-        if kind == "CHK":  # each from its own file, since corrupt shares of the last one stay
-            cap = real_grid.put(content(70_000, len(name)))
-        damage(real_grid, copies_of(real_grid, cap))
-        assert tahoefs("check", "-", "--verify", "-d", node_dir, stdin=cap, check=False).returncode == 1
-        done = tahoefs("check", "-", "--verify", "--repair", "--json", "-d", node_dir, stdin=cap)
-        answer = json.loads(done.stdout)
-        assert (answer["repair-attempted"], answer["repair-successful"]) == (True, True), name
+        real_grid.put_at(cap, "y", data[:100])
+        return cap
+
+    def assert_whole(cap: str, name: str, corrupt_before: int) -> None:
         results = real_grid.check(cap)["results"]
         assert results["healthy"] and results["count-shares-good"] == 10, name
         assert all(len(servers) == 1 for servers in results["sharemap"].values()), name
         bad = sum(map(len, copies_of(real_grid, cap).values())) - 10
-        assert bad == (len(answer["pre-repair-results"]["results"]["list-corrupt-shares"]) if kind == "CHK" else 0)
-        assert results["count-corrupt-shares"] == bad
-    if kind == "SDMF":
-        assert real_grid.get(cap) == data
-    elif kind == "DIR2":
-        assert real_grid.get(cap, "y") == data[:100]
+        assert bad == results["count-corrupt-shares"] == (corrupt_before if kind == "CHK" else 0), name
+
+    async with join_grid(NodeDirectory.open(real_grid.client.path)) as client:
+        assert await client.broker.wait_for_servers(10, 60) == 10
+        checker = client.checker(CheckHistory(None))
+        cap = await trio.to_thread.run_sync(make, 0)
+        for seed, (name, damage) in enumerate(DAMAGES.items()):
+            if kind == "CHK" and seed:  # each from its own file, since corrupt shares of the last one stay
+                cap = await trio.to_thread.run_sync(make, seed)
+            damage(real_grid, copies_of(real_grid, cap))
+            allowed = str(parse_known_cap(cap).verifier) if kind == "CHK" else cap
+            repaired = await checker.repair(allowed, verify=True)
+            assert repaired.attempted and repaired.successful, (name, repaired.reason)
+            await trio.to_thread.run_sync(assert_whole, cap, name, len(repaired.before.corrupt))
+        read = await trio.to_thread.run_sync(real_grid.get, cap, "y" if kind == "DIR2" else "")
+    assert read == {"DIR2": data[:100], "CHK": content(70_000, seed)}.get(kind, data)
 
 
 def test_codes_and_who_may_repair(real_grid: TahoeGrid, node_dir: Path) -> None:
     cap = real_grid.put(content(1000, 8), "SDMF")
     known = parse_known_cap(cap)
     deleted(0)(real_grid, copies_of(real_grid, cap))
-    for weaker in (known.readonly, known.verifier):
-        done = tahoefs("check", "-", "--repair", "-d", node_dir, stdin=str(weaker), check=False)
-        assert done.returncode == 4 and "write cap" in done.stderr
-        assert str(weaker) not in done.stderr + done.stdout
-    assert tahoefs("check", "-", "-d", node_dir, stdin=str(known.verifier), check=False).returncode == 1
-    deleted(*range(1, 8))(real_grid, copies_of(real_grid, cap))
+    done = tahoefs("check", "-", "--repair", "-d", node_dir, stdin=str(known.verifier), check=False)
+    assert done.returncode == 4 and "write cap" in done.stderr
+    assert str(known.verifier) not in done.stderr + done.stdout
+    done = tahoefs("check", "-", "--repair", "--add-lease", "--json", "-d", node_dir, stdin=cap)
+    assert json.loads(done.stdout)["repair-successful"]
+    deleted(*range(8))(real_grid, copies_of(real_grid, cap))
     done = tahoefs("check", "-", "-d", node_dir, stdin=str(known.verifier), check=False)
     assert done.returncode == 5 and "no versions are recoverable" in done.stdout
-    history = tahoefs("check", "-", "--history", "-d", node_dir, stdin=cap).stdout.splitlines()
-    assert [line.partition("  ")[2][:9] for line in history[-2:]] == ["Unhealthy", "Unhealthy"]
-    assert json.loads(tahoefs("check", "-", "--history", "--json", "-d", node_dir, stdin=cap).stdout)[-1]["when"]
+    history = json.loads(tahoefs("check", "-", "--history", "--json", "-d", node_dir, stdin=cap).stdout)
+    assert [each["results"]["healthy"] for each in history] == [False, False, True, False]
 
 
 def test_an_interrupted_deep_check_is_resumed(real_grid: TahoeGrid, node_dir: Path) -> None:
     """Ctrl-C in the middle; what was checked is not asked for again, and the output is whole in the end."""
     root = real_grid.mkdir()
-    files = {f"f{n:03}": ["filenode", {"ro_uri": real_grid.put(content(60 + n, n))}] for n in range(60)}
+    files = {f"f{n:03}": ["filenode", {"ro_uri": real_grid.put(content(60 + n, n))}] for n in range(25)}
     real_grid.set_children(root, files)
     command = [sys.executable, "-m", "tahoefs.cli", "check", "-", "--deep", "--verify", "--json", "-d", str(node_dir)]
     process = subprocess.Popen(
@@ -164,6 +172,25 @@ def test_an_interrupted_deep_check_is_resumed(real_grid: TahoeGrid, node_dir: Pa
     assert process.returncode == 130 and "--resume" in errors, errors
     *units, stats, totals = lines(tahoefs(*command[3:], "--resume", stdin=root).stdout)
     assert [unit["path"] for unit in units] == [[], *([name] for name in sorted(files))]
-    assert totals["count-objects-healthy"] == 61 and stats["stats"]["count-immutable-files"] == 60
+    assert totals["count-objects-healthy"] == 26 and stats["stats"]["count-immutable-files"] == 25
     seen = json.loads(tahoefs("check", "-", "--history", "--json", "-d", node_dir, stdin=root).stdout)
     assert len(seen) == 1, "the root was checked before the interruption, and not again"
+
+
+def test_have(real_grid: TahoeGrid, node_dir: Path, tmp_path: Path) -> None:
+    """By the cap the real client gave it; and where it is linked."""
+    root = real_grid.mkdir()
+    stored, other = tmp_path / "stored", tmp_path / "other"
+    stored.write_bytes(content(3000, 20))
+    other.write_bytes(content(3000, 21))
+    real_grid.mkdir_at(root, "below")
+    cap = real_grid.put_at(root, "below/name", stored.read_bytes())
+    (tmp_path / "root.cap").write_text(root)
+    done = tahoefs("have", stored, "--in", f"@{tmp_path / 'root.cap'}", "--json", "-d", node_dir)
+    answer = json.loads(done.stdout)
+    assert answer["results"]["healthy"] and answer["linked"] == [f"@{tmp_path / 'root.cap'}/below/name"]
+    done = tahoefs("have", stored, other, "-d", node_dir, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [f"{stored}: Healthy", f"{other}: not on this grid"]
+    deleted(*range(8))(real_grid, copies_of(real_grid, cap))
+    assert tahoefs("have", stored, "-d", node_dir, check=False).returncode == 5
