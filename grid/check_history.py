@@ -25,7 +25,7 @@ FILE_NAME: Final = "checker_results.db"
 RESULTS_KEPT: Final = 10  # of each object
 RUNS_KEPT: Final = 20
 RESUME_WITHIN_S: Final = 3 * 86400.0  # after its begin; what a run found before that says little about today
-BUSY_TIMEOUT_S: Final = 10.0  # waited for another process that writes
+BUSY_TIMEOUT_S: Final = 2.0  # waited for another process that writes
 RESULT_BYTES_MAX: Final = 16 << 20  # of one result, as JSON: believed only up to here when read back
 
 _TABLES: Final = """

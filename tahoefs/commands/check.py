@@ -160,7 +160,8 @@ def unit_line(unit: Json) -> str:
     """As `tahoe deep-check -v` has it."""
     repair = unit.get("check-and-repair-results")
     results = repair.get("post-repair-results", repair) if repair else unit["check-results"]
-    summary = results.get("summary", "Healthy (LIT)")
+    unchecked = "of an unknown kind, not checked" if unit["type"] == "unknown" else "Healthy (LIT)"
+    summary = results.get("summary", unchecked)
     extra = [unit[name] for name in ("note", "error") if name in unit]
     corrupt = results["results"].get("count-corrupt-shares", 0)
     extra += [f"{corrupt} corrupt shares"] if corrupt else []
