@@ -205,9 +205,9 @@ class Journal:
     async def _write(self, store: JournalStore) -> None:
         things, self._unwritten = self._unwritten, {}
         upto = self._recorded
-        rows = {self._number_of(thing): thing.row(self._number_of) for thing in things}
-        gone = [thing for thing in things if isinstance(thing, SealedFile) and thing.gone]
         try:
+            rows = {self._number_of(thing): thing.row(self._number_of) for thing in things}
+            gone = [thing for thing in things if isinstance(thing, SealedFile) and thing.gone]
             try:
                 await store.write(rows)
             except SpoolFullError:  # these make room: worth the small risk of being killed before they are forgotten

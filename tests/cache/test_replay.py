@@ -291,6 +291,20 @@ async def test_a_damaged_file_is_said_to_be_and_keeps_nobody_else_back(tmp_path:
             await workspace.wait()
 
 
+async def test_a_file_that_somebody_removed_keeps_nobody_else_back(tmp_path: Path) -> None:
+    async with machine(tmp_path) as here, here.process(SLOW) as workspace:
+        here.client.pause()
+        await put(workspace, workspace.root, "removed", DATA)
+        (here.slot / "files" / "1").unlink()  # before its row was written
+        await put(workspace, workspace.root, "kept", DATA[::-1])
+        await workspace.persist()
+        await here.kill(workspace)
+        async with here.process() as after:
+            assert set(after.root.entries()) == {"removed", "kept"}
+            entry = after.root.get("kept")
+            assert entry is not None and await get(after, entry.target) == DATA[::-1]
+
+
 async def test_damaged_rows_cost_only_themselves(tmp_path: Path) -> None:
     async with machine(tmp_path) as here:
         async with here.process(SLOW) as workspace:
