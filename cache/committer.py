@@ -25,7 +25,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -93,7 +93,7 @@ class Committer:
         self._urgent: dict[object, int] = {}  # waiter -> position
         self.uploads = Uploads(nursery, client, spool, options, self._uploaded, self.retry_delay_s, self._is_awaited)
         self.replacements = Replacements(nursery, client, journal, options, self.retry_delay_s, self._is_awaited)
-        self.on_published: Callable[[Published], None] = lambda published: None  # somebody may want to keep it
+        self.on_published: Callable[[Published], Awaitable[None]] | None = None  # somebody may want to keep it
         self.publishes = 0
         self.conflicts = 0
 
@@ -257,6 +257,8 @@ class Committer:
                 async with directory.grid_lock:
                     with trio.fail_after(PUBLISH_TIMEOUT_S):
                         published = await publish(self._client, directory, batch)
+                    if self.on_published is not None:
+                        await self.on_published(published)
                     self._published(directory, state, batch, published)
         except Exception as error:  # noqa: BLE001  logged there; whatever it is, others must go on
             self._failed(directory, state, error)
@@ -288,7 +290,6 @@ class Committer:
                 if isinstance(change.target, Directory):
                     change.target.linked = True
                 self._settle(change)
-        self.on_published(published)
         odd = directory.rebase(published.cap, published.version, published.entries, now)
         odd += [(c, c.kind is Kind.LINK) for c in published.foreign if not any(c is seen for seen, _ in odd)]
         self.resolve(directory, odd)

@@ -96,6 +96,11 @@ class DiskTier:
             await self._written.wait()
         await trio.lowlevel.checkpoint()
 
+    async def written(self, name: BlockName) -> None:
+        """Return when what is queued under this name is written; needs `run`."""
+        while name in self._queue:
+            await self._written.wait()
+
     async def run(self) -> None:
         """Write what is queued, until cancelled."""
         try:

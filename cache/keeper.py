@@ -1,7 +1,8 @@
 """Puts into the disk cache what this mount itself brought to the grid: uploaded files, and directories it published.
 
-It is read back without the grid by later mounts, too. Done one after the other, behind the upload or publish; when
-the mount ends, for FLUSH_TIMEOUT_S more. What does not get its turn is fetched when it is read.
+It is read back without the grid by later mounts, too. A directory is kept before its publish counts as done; files one
+after the other, behind their upload; when the mount ends, for FLUSH_TIMEOUT_S more. What does not get its turn is
+fetched when it is read.
 
 No locks: the queues are changed between awaits only. One task, `run`.
 """
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 FILES_MAX: Final = 1000  # uploaded files that wait; each holds on to its spool file meanwhile
 FLUSH_TIMEOUT_S: Final = 5.0
+KEEP_TIMEOUT_S: Final = 10.0  # for a listing to be written
 
 
 class Keeper:
@@ -38,7 +40,6 @@ class Keeper:
         self._disk = disk
         self._kept = kept
         self._files: deque[tuple[SealedFile, CHKReadCap]] = deque()
-        self._directories: dict[DirectoryCap, DirectoryContents] = {}
         self._waiting = trio.Event()
 
     def note_file(self, sealed: SealedFile, cap: Cap) -> None:
@@ -47,11 +48,14 @@ class Keeper:
             self._files.append((sealed.retain(), cap))
             self._waiting.set()
 
-    def note_directory(self, published: Published) -> None:
+    async def keep_directory(self, published: Published) -> None:
+        """Return when it is kept: before that the journal must not forget what was published, or a process after
+        this one would show, and change, a listing without it.
+        """
         if isinstance(published.cap, DirectoryCap):
             contents = DirectoryContents(published.version or b"", published.entries)
-            self._directories[published.cap] = contents  # of several publishes the last one counts
-            self._waiting.set()
+            with trio.move_on_after(KEEP_TIMEOUT_S):
+                await self._kept.note_directory(published.cap, contents, wait=True)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -68,20 +72,14 @@ class Keeper:
 
     async def _keep_all(self) -> None:
         """What is cancelled meanwhile is still there for the next time."""
-        while self._directories or self._files:
-            while self._directories:
-                directory, contents = next(iter(self._directories.items()))
-                await self._kept.note_directory(directory, contents)
-                if self._directories[directory] is contents:
-                    del self._directories[directory]
-            if self._files:
-                sealed, file = self._files[0]
-                try:
-                    await self._keep_file(sealed, file)
-                except OSError as error:
-                    log.warning("an uploaded file was not put into the cache: %s", error)
-                self._files.popleft()
-                sealed.release()
+        while self._files:
+            sealed, file = self._files[0]
+            try:
+                await self._keep_file(sealed, file)
+            except OSError as error:
+                log.warning("an uploaded file was not put into the cache: %s", error)
+            self._files.popleft()
+            sealed.release()
 
     async def _keep_file(self, sealed: SealedFile, cap: CHKReadCap) -> None:
         """Encrypted by segments, as it was for the upload."""

@@ -78,15 +78,19 @@ class Kept:
         kept = await self._get(cap, LISTING_NUMBER)
         return None if kept is None else await self._unpack(cap, kept)
 
-    async def note_directory(self, cap: DirectoryCap, contents: DirectoryContents) -> None:
-        """This was seen on the grid, or put there."""
+    async def note_directory(self, cap: DirectoryCap, contents: DirectoryContents, *, wait: bool = False) -> None:
+        """This was seen on the grid, or put there. `wait`: until it survives the end of this process."""
         key = _read_key(cap)
         if self._disk is None or key is None:
             return
         writekey = getattr(cap.file, "writekey", None)
         size = sum(len(entry.raw or b"") for entry in contents.entries.values())
         payload = await run_cpu_work(lambda: _pack(contents, key, writekey), size)
-        self._disk.put(_name(key, LISTING_NUMBER), 1, payload)
+        name = _name(key, LISTING_NUMBER)
+        if not self._disk.put(name, 1, payload):
+            self._disk.put(name, 1, b"")  # better none than an older one
+        if wait:
+            await self._disk.written(name)
 
     async def _unpack(self, cap: DirectoryCap, kept: memoryview) -> DirectoryContents:
         key, version = _read_key(cap), _version(kept)
@@ -126,7 +130,7 @@ class Kept:
         if self._disk is None or key is None:
             return None
         record = await self._disk.get(_name(key, number))
-        return None if record is None else record.payload
+        return None if record is None or not record.payload else record.payload
 
 
 async def read_directory(client: Any, cap: DirectoryCap, disk: DiskTier | None) -> DirectoryContents:

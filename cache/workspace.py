@@ -107,7 +107,7 @@ class Workspace:
         nursery.start_soon(self._connectivity.run, self._committer.retry_now)
         if disk is not None:
             keeper = Keeper(disk, self._kept)
-            self._committer.on_published = keeper.note_directory
+            self._committer.on_published = keeper.keep_directory
             self._committer.uploads.on_stored = keeper.note_file
             nursery.start_soon(keeper.run)
         self.root = self._table[root] = Directory(root, path="/")
@@ -163,7 +163,8 @@ class Workspace:
                 contents, fresh = await self._kept.read_directory(cap)
             loaded_at = trio.current_time() if fresh else -math.inf
             odd = directory.rebase(cap, contents.version, contents.entries, loaded_at)
-            self._committer.resolve(directory, odd)
+            if fresh:  # an old listing says nothing about what others did
+                self._committer.resolve(directory, odd)
         self._keep_listed(directory)
 
     def _is_fresh(self, directory: Directory, max_age_s: float | None) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from cache import Directory, PendingFile, Workspace, WorkspaceOptions, journal, open_workspace
+from cache import Directory, PendingFile, Workspace, WorkspaceOptions, journal, open_disk, open_workspace
 from cache.sealed import DamagedFileError
 from grid.errors import GridError, NodeDirectoryError
 from grid.formats.caps import DirectoryCap, LiteralCap, UnknownCap
@@ -48,10 +48,17 @@ class Machine:
         return slot
 
     @asynccontextmanager
-    async def process(self, options: WorkspaceOptions = QUICK) -> AsyncIterator[Workspace]:
+    async def process(self, options: WorkspaceOptions = QUICK, *, offline: bool = False) -> AsyncIterator[Workspace]:
         self.client.mend()
         self.client.resume()
-        async with open_workspace(self.client, self.root, state_dir=self.state_dir, options=options) as workspace:
+        if offline:
+            for server in self.client.servers:
+                server.fail_on.add("slot_readv")
+        where: Any = {"state_dir": self.state_dir, "options": options}
+        async with (
+            open_disk(self.state_dir / "cache", 16 << 20) as disk,
+            open_workspace(self.client, self.root, disk=disk, **where) as workspace,
+        ):
             await workspace.load(workspace.root)
             yield workspace
 
@@ -170,6 +177,31 @@ async def test_what_was_published_without_being_noted_is_no_conflict(tmp_path: P
             await workspace.wait()
             ((name, cap),) = (await here.client.listing(here.root)).items()
             assert name == "name" and await here.client.fetch(cap) == DATA * 2
+            assert workspace.status()["conflicts"] == 0
+
+
+async def test_an_old_listing_is_not_taken_for_the_doing_of_others(tmp_path: Path) -> None:
+    """The grid cannot be read at the start: the listing on the disk has at least what this mount published itself."""
+    async with machine(tmp_path) as here:
+        async with here.process() as workspace:
+            await put(workspace, workspace.root, "name", b"first")
+            await put(workspace, workspace.root, "stays", b"first")
+            await workspace.wait()
+            await workspace.unlink(workspace.root, "name")
+            await put(workspace, workspace.root, "stays", b"second")
+            await workspace.wait()
+            await workspace.persist()
+            await here.kill(workspace)
+        async with here.process(SLOW, offline=True) as workspace:
+            assert await local_view(workspace, workspace.root) == {"stays": b"second"}
+            await put(workspace, workspace.root, "name", b"third")
+            await workspace.unlink(workspace.root, "stays")
+            await workspace.persist()
+            await here.kill(workspace)
+        async with here.process() as workspace:
+            assert await local_view(workspace, workspace.root) == {"name": b"third"}
+            await workspace.wait()
+            assert await on_the_grid(here.client, here.root) == {"name": b"third"}
             assert workspace.status()["conflicts"] == 0
 
 
