@@ -156,8 +156,8 @@ async def test_a_user_that_is_killed_counts_as_gone(directory: Path) -> None:
     try:
         assert user.stdout is not None
         said = b""
-        while not said.endswith(b"\n"):
-            said += await user.stdout.receive_some(100)
+        while not said.endswith(b"\n") and (piece := await user.stdout.receive_some(100)):
+            said += piece
         assert said == b"attached\n"
         await user.stdout.aclose()
         child = child_of(directory)
