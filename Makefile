@@ -13,7 +13,7 @@ bench: setup-test
 
 soak: setup-test
 	TAHOEFS_SOAK=1 TAHOEFS_KILL_ROUNDS=100 .venv/bin/pytest -s tests/grid/server/test_kill.py \
-		tests/grid/server/test_load.py tests/grid/server/test_hostile.py
+		tests/grid/server/test_load.py tests/grid/server/test_hostile.py tests/cache/test_block_store.py
 
 demo:
 	@tools/demo

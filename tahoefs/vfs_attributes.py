@@ -22,7 +22,7 @@ from tahoefs.errnos import FSError
 from tahoefs.inodes import ROOT_INODE, Inode
 from tahoefs.interfaces import Caller, Metadata, Position
 from tahoefs.targets import Kind, is_mutable_file, is_unreadable, known_size
-from tahoefs.vfs_core import BELIEF_S_MIN, NAME_BYTES_MAX, VFSCore, View
+from tahoefs.vfs_core import NAME_BYTES_MAX, VFSCore, View
 
 BLOCK_BYTES: Final = 4096
 IO_BYTES: Final = 128 << 10  # what programs should read and write at a time: what the kernel asks us for
@@ -95,8 +95,8 @@ class AttributeOperations(VFSCore):
         attr_timeout_s = timeout_s = self.timeout_s(inode)
         if size is None and (size := self._size_now(inode, view)) is None:
             attr_timeout_s, size = 0.0, 0
-        elif is_mutable_file(view.target):  # its size may be a `poll` old already
-            attr_timeout_s = min(attr_timeout_s, BELIEF_S_MIN)
+        elif is_mutable_file(view.target):  # or the kernel would cut a newer version to the size of an older one
+            attr_timeout_s = 0.0
         uid, gid = edge.owner(view.metadata, self.defaults)
         mtime_ns, ctime_ns = self._times_ns(inode, view, size)
         return Stat(

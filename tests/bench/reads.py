@@ -99,6 +99,11 @@ class Reads:
         answer: dict[str, Any] = ask(socket, {"command": "status"}, timeout_s=30)
         return answer
 
+    def served(self) -> int:
+        """Segments that reads were answered from, wherever those came from."""
+        cache = self.status()["cache"]
+        return int(cache["hits"] + cache["misses"])
+
     def forget(self) -> None:
         shutil.rmtree(self.client / "tahoefs" / "cache")
 
@@ -131,9 +136,9 @@ class Reads:
     def again(self) -> float:
         with self.mounted():
             read(self.mountpoint / "file")
-            before = self.status()["cache"]
+            before = self.served()
             rate = read(self.mountpoint / "file")
-            if self.status()["cache"] != before:
+            if self.served() != before:
                 raise AssertionError("a re-read reached the daemon")
             return rate
 

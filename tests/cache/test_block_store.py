@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shutil
@@ -22,34 +21,10 @@ from cache import block_store
 from cache.block_index import SLOTS_MIN
 from cache.block_packs import HEADER, list_packs
 from cache.block_store import FORMAT, PACK_BYTES_MIN, BlockStore
+from tests.cache.kept_blocks import LIMIT, NUMBERS, SECRET, block, is_right, key, put
 
-SECRET = bytes(range(32))
-LIMIT = 4 << 20
 SOAK = os.environ.get("TAHOEFS_SOAK") == "1"
 KILLS = 200 if SOAK else 12
-
-
-def key(number: int) -> bytes:
-    return hashlib.sha256(b"%d" % number).digest()
-
-
-def block(number: int, size: int | None = None) -> bytes:
-    """What is stored under key(number), always."""
-    source = random.Random(number)
-    return source.randbytes(source.randrange(1, 40_000) if size is None else size)
-
-
-def put(store: BlockStore, number: int, size: int | None = None) -> bool:
-    return store.put(key(number), SECRET, 1000 + number, block(number, size))
-
-
-def is_right(store: BlockStore, number: int, size: int | None = None) -> bool:
-    """Whether it is there. Fails when something else is."""
-    record = store.get(key(number), SECRET)
-    if record is None:
-        return False
-    assert (record.segment_size, bytes(record.payload)) == (1000 + number, block(number, size))
-    return True
 
 
 def packs(path: Path) -> list[Path]:
@@ -256,27 +231,13 @@ def test_many_threads_at_once(store: BlockStore) -> None:
     assert not wrong
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.cache.test_block_store import LIMIT, BlockStore, is_right, put
-store = BlockStore.open(Path(sys.argv[1]), LIMIT)
-print("go", flush=True)
-number = int(sys.argv[2])
-while True:
-    put(store, number % 400)
-    is_right(store, (number * 7) % 400)
-    number += 1
-"""
-
-
 def test_killed_while_it_writes(tmp_path: Path) -> None:
     """Two processes at a time, each killed in the middle of it, again and again."""
     source = random.Random(11)
     for round_number in range(KILLS // 2):
         writers = [
             subprocess.Popen(
-                [sys.executable, "-c", WRITER, tmp_path, str(source.randrange(400))],
+                [sys.executable, "-m", "tests.cache.kept_blocks", tmp_path, str(source.randrange(NUMBERS))],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
@@ -293,7 +254,7 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
             _, complaint = writer.communicate()
             assert b"Error" not in complaint
         store = BlockStore.open(tmp_path, LIMIT)
-        there = sum(is_right(store, number) for number in range(400))
+        there = sum(is_right(store, number) for number in range(NUMBERS))
         assert there > min(round_number, 1)
         store.close()
         assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= LIMIT
