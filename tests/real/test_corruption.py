@@ -20,6 +20,7 @@ from tests.real.tahoe_grid import SERVERS, TahoeGrid
 
 pytestmark = [pytest.mark.interop, pytest.mark.mount]
 
+UNCACHED = "cache_size=3M"  # too little for a cache on disk: what was read once is fetched again
 IMMUTABLE_HEADER_BYTES = 12  # of the server's container, before the share
 MUTABLE_DATA_OFFSET = 468
 HASH_BYTES = 32
@@ -89,11 +90,11 @@ def test_chk(real_grid: TahoeGrid, root_cap: str, mounted: Mounter, node_dir: Pa
     shares = list(shares_of(real_grid, real_grid.put_at(root_cap, "file", data)))
     for _, file in shares[:SPARE]:
         flip(file, chk_position(file, field))
-    with mounted(root_cap) as mount:
+    with mounted(root_cap, UNCACHED) as mount:
         assert (mount.path / "file").read_bytes() == data
     for _, file in shares[SPARE:fatal]:
         flip(file, chk_position(file, field))
-    with mounted(root_cap) as mount:
+    with mounted(root_cap, UNCACHED) as mount:
         with pytest.raises(OSError, match="Input/output error"):
             (mount.path / "file").read_bytes()
         log = mount.log(node_dir)
@@ -109,7 +110,7 @@ def test_sdmf_and_directory(real_grid: TahoeGrid, mounted: Mounter, node_dir: Pa
     for damaged_cap in (cap, root):
         for _, file in list(shares_of(real_grid, damaged_cap))[:SPARE]:
             flip(file, sdmf_position(file, field))
-    with mounted(root, "ro") as mount:
+    with mounted(root, "ro", UNCACHED) as mount:
         assert (mount.path / "file").read_bytes() == data
 
 
@@ -117,5 +118,5 @@ def test_sdmf_with_too_many_damaged_shares(real_grid: TahoeGrid, root_cap: str, 
     cap = real_grid.put_at(root_cap, "file", content(60_000, 52), "SDMF")
     for _, file in list(shares_of(real_grid, cap))[: SPARE + 1]:
         flip(file, sdmf_position(file, "data"))
-    with mounted(root_cap, "ro") as mount, pytest.raises(OSError, match="Input/output error"):
+    with mounted(root_cap, "ro", UNCACHED) as mount, pytest.raises(OSError, match="Input/output error"):
         (mount.path / "file").read_bytes()
