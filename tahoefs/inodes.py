@@ -116,6 +116,7 @@ class Inode:
     opened: OpenFile | None = None
     draft: Metadata | None = None  # metadata that goes with contents not stored yet
     atime_ns: int | None = None  # kept while the inode lives, never stored
+    ctime_ns: int = 0  # of the last change that is not stored itself, the same
     cached: Target = None  # what the kernel's page cache may hold bytes of
 
     @property

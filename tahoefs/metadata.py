@@ -46,7 +46,9 @@ def own_part(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_no_write(metadata: Mapping[str, Any]) -> bool:
-    return metadata.get("no-write") is True
+    """Did another program forbid writing? Where `with_mode` set the key, the mode itself says who may write."""
+    mode = _integer(own_part(metadata).get("mode"), PERMISSION_BITS)
+    return metadata.get("no-write") is True and (mode is None or bool(mode & stat.S_IWUSR))
 
 
 def is_replaced(metadata: Mapping[str, Any], size: int | None) -> bool:

@@ -147,7 +147,7 @@ class AttributeOperations(VFSCore):
             ctime_ns = max(ctime_ns, mtime_ns)
         if inode.folder is not None and inode.folder.changed_ns > ctime_ns:
             mtime_ns = ctime_ns = inode.folder.changed_ns
-        return mtime_ns, ctime_ns
+        return mtime_ns, max(ctime_ns, inode.ctime_ns)
 
     # --- changing --------------------------------------------------------------------------------------------
 
@@ -165,13 +165,14 @@ class AttributeOperations(VFSCore):
         if changes.mtime_ns is not None:
             own["mtime_ns"] = changes.mtime_ns
         if own or changes.mode is not None:
-            writable_in_place = is_mutable_file(view.target) or inode.folder is not None
+            # What has a write cap of its own, or will have: a new file in a mount with `mutable=`.
+            keeps_write_cap = is_mutable_file(view.target) or inode.folder is not None or self.options.mutable != "none"
 
             def change(metadata: Metadata) -> Metadata:
                 now_ns = time.time_ns()
                 result = edge.changed(metadata, now_ns=now_ns, **own)
                 if changes.mode is not None:
-                    result = edge.with_mode(result, changes.mode, now_ns=now_ns, tell_others=not writable_in_place)
+                    result = edge.with_mode(result, changes.mode, now_ns=now_ns, tell_others=not keeps_write_cap)
                 return result
 
             await self.change_metadata(inode, change)
@@ -180,7 +181,7 @@ class AttributeOperations(VFSCore):
         if changes.atime_ns is not None:
             if self.read_only:
                 raise self.refuse()
-            inode.atime_ns = changes.atime_ns
+            inode.atime_ns, inode.ctime_ns = changes.atime_ns, time.time_ns()
 
     async def change_metadata(self, inode: Inode, change: Callable[[Metadata], Metadata]) -> None:
         """Change what is noted on the edge; with contents not stored yet it waits, and goes with them."""

@@ -224,7 +224,7 @@ class NameOperations(FileOperations):
             with folder.being_changed(removed=name, more=-1 if directory else 0):
                 if folder.directory.get(name) is not None:
                     position = await self.workspace.unlink(folder.directory, name)
-            inode.draft = dict(view.metadata)  # what is left of it, for who has it open
+            inode.draft = edge.changed(view.metadata, now_ns=time.time_ns())  # what is left, for who has it open
             self.table.unlink(inode)
         if position is not None:
             await self.settle(position)
@@ -302,7 +302,7 @@ class NameOperations(FileOperations):
         source.changed_ns = destination.changed_ns = time.time_ns()
         position = await self.workspace.rename(source.directory, link.name, destination.directory, name, metadata)
         if replaced is not None and last is not None:
-            replaced.draft = dict(last.metadata)  # what is left of it, for who has it open
+            replaced.draft = edge.changed(last.metadata, now_ns=time.time_ns())  # what is left, as in _remove
             self.table.unlink(replaced)
         self.table.link(moved, parent, name)
         moved.metadata = metadata
@@ -317,7 +317,7 @@ class NameOperations(FileOperations):
             raise FSError(errno.EBUSY)
         source, destination = first.parent.folder, second.parent.folder
         assert source is not None and destination is not None
-        source.changed_ns = destination.changed_ns = time.time_ns()
+        source.changed_ns = destination.changed_ns = one.ctime_ns = other.ctime_ns = time.time_ns()
         position = await self.workspace.exchange(source.directory, first.name, destination.directory, second.name)
         self.table.detach(one)
         self.table.detach(other)

@@ -1,8 +1,8 @@
 """Extended attributes: those users set, and `user.tahoe.*`, which tell what is stored and where.
 
-Users' attributes live in the edge's metadata, so they are published with the directory: together at most 64 KiB for one
-file. `user.tahoe.*` answer when asked for by name and are left out of lists, so that `cp -a` and `rsync -X` do not
-carry caps about. They cannot be set.
+Users' attributes live in the edge's metadata, so they are published with the directory: the values of one file have
+together at most what the kernel allows for a single one, its names less. `user.tahoe.*` answer when asked for by name
+and are left out of lists, so that `cp -a` and `rsync -X` do not carry caps about. They cannot be set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tahoefs.targets import cap_of, is_cap, is_directory
 
 OURS: Final = b"user.tahoe."
 USERS: Final = b"user."
-XATTRS_BYTES_MAX: Final = 64 << 10  # names and values of one file together
+VALUES_BYTES_MAX: Final = 64 << 10  # of one file together; also what the kernel lets a single value have
+NAMES_BYTES_MAX: Final = 8 << 10  # of one file together
 NO_DATA: Final = errno.ENODATA
 
 
@@ -45,16 +46,16 @@ def get_users(metadata: Mapping[str, Any], name: bytes) -> bytes:
 
 
 def with_users(values: Mapping[str, bytes], name: bytes, value: bytes) -> dict[str, bytes]:
-    """`values` with one more. Raises EPERM (ours), EOPNOTSUPP (no user attribute), ENOSPC (over 64 KiB together)."""
+    """`values` with one more. Raises EPERM (ours), EOPNOTSUPP (no user attribute), EINVAL (no name), ENOSPC."""
     _require_users(name)
     result = {**values, _text(name): value}
-    if sum(len(key.encode()) + len(content) for key, content in result.items()) > XATTRS_BYTES_MAX:
+    if sum(map(len, result.values())) > VALUES_BYTES_MAX or sum(len(key.encode()) for key in result) > NAMES_BYTES_MAX:
         raise FSError(errno.ENOSPC)
     return result
 
 
 def without_users(values: Mapping[str, bytes], name: bytes) -> dict[str, bytes]:
-    """`values` without it. Raises ENODATA, EPERM, EOPNOTSUPP."""
+    """`values` without it. Raises ENODATA, EPERM, EOPNOTSUPP, EINVAL."""
     _require_users(name)
     if _text(name) not in values:
         raise FSError(NO_DATA)
@@ -101,6 +102,8 @@ def _require_users(name: bytes) -> None:
         raise FSError(errno.EPERM)
     if not is_users(name):
         raise FSError(errno.EOPNOTSUPP)
+    if name == USERS:
+        raise FSError(errno.EINVAL)
 
 
 def _text(name: bytes) -> str:

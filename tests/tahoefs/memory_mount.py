@@ -6,7 +6,8 @@ counts faults. Names that begin with `fault-` or `hang-` make their lookup raise
     dir-immutable/file    dir-readonly/file    mutable.txt    mutable-readonly.txt    unknown    literal.txt
 
 With `--real` the workspace is the real one, over storage servers in memory, and empty; the line at the end then holds
-under "tree" what another client finds on that grid: {path: contents' SHA-256, or null for directories}.
+under "tree" what another client finds on that grid: {path: contents' SHA-256, or null for directories}. On SIGHUP it
+sends everything and mounts anew what the grid then has.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -69,7 +71,7 @@ class FaultyVFS(VFS):
 
 
 async def run(mountpoint: str, options: MountOptions, workspace: MemoryWorkspace) -> None:
-    counts = await serve_until_told(mountpoint, options, workspace)
+    counts, _ = await serve_until_told(mountpoint, options, workspace)
     print(json.dumps({**counts, "calls": workspace.calls}), flush=True)
 
 
@@ -79,10 +81,13 @@ async def run_real(mountpoint: str, options: MountOptions) -> None:
     )
     with tempfile.TemporaryDirectory() as state:
         async with memory_client() as (client, root):
-            async with open_workspace(client, root, state_dir=Path(state), options=settings) as workspace:
-                counts = await serve_until_told(mountpoint, options, workspace)
-                with trio.fail_after(DRAIN_TIMEOUT_S):
-                    await workspace.drain()
+            counts, again = Counter[str](), True
+            while again:
+                async with open_workspace(client, root, state_dir=Path(state), options=settings) as workspace:
+                    told, again = await serve_until_told(mountpoint, options, workspace)
+                    with trio.fail_after(DRAIN_TIMEOUT_S):
+                        await workspace.drain()
+                counts.update(told)
             async with open_workspace(client, root, state_dir=Path(state), options=settings) as another:
                 tree = {path: digest async for path, digest in walk(another, another.root, "")}
     print(json.dumps({**counts, "tree": tree}), flush=True)
@@ -103,7 +108,11 @@ async def walk(workspace: Workspace, directory: Directory, above: str) -> AsyncI
             contents.close()
 
 
-async def serve_until_told(mountpoint: str, options: MountOptions, workspace: IWorkspace) -> dict[str, int]:
+async def serve_until_told(
+    mountpoint: str, options: MountOptions, workspace: IWorkspace
+) -> tuple[dict[str, int], bool]:
+    """What is counted at the end, and whether to mount again."""
+    again = False
     vfs = FaultyVFS(workspace, options=options)
     async with trio.open_nursery() as nursery:
 
@@ -111,22 +120,14 @@ async def serve_until_told(mountpoint: str, options: MountOptions, workspace: IW
             await fuse.serve(vfs, mountpoint, options, "memory:test,label", task_status=task_status)
             nursery.cancel_scope.cancel()
 
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
             await nursery.start(serve)
             print("ready", flush=True)
-            nursery.start_soon(_cancel_at_signal, signals, nursery.cancel_scope)
-            await trio.sleep_forever()
-    return {
-        "faults": vfs.faults,
-        "timeouts": vfs.timeouts,
-        "inodes": len(vfs.table),
-        "handles": len(vfs.handles),
-    }
-
-
-async def _cancel_at_signal(signals: object, scope: trio.CancelScope) -> None:
-    async for _ in signals:  # type: ignore[attr-defined]
-        scope.cancel()
+            async for number in signals:
+                again = number == signal.SIGHUP
+                nursery.cancel_scope.cancel()
+    counts = {"faults": vfs.faults, "timeouts": vfs.timeouts, "inodes": len(vfs.table), "handles": len(vfs.handles)}
+    return counts, again
 
 
 def main() -> None:

@@ -49,6 +49,14 @@ class MemoryMount:
             self.process.send_signal(signal.SIGTERM)
         self.join()
 
+    def remount(self) -> None:
+        """Unmount, have everything sent, and mount again what the grid then has (`--real` only)."""
+        self.process.send_signal(signal.SIGHUP)
+        assert self.process.stdout is not None
+        if self.process.stdout.readline() != "ready\n":
+            self.join()
+            raise RuntimeError(f"the mount did not come up again: {self.log}")
+
     def join(self) -> None:
         try:
             out, self.log = self.process.communicate(timeout=STOP_TIMEOUT_S)

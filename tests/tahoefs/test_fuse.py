@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import stat
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,62 +105,6 @@ def test_write_anywhere_append_and_sparse(here: Path) -> None:
 
 
 @needs_fuse
-def test_shared_mmap_is_written_and_read_back(here: Path) -> None:
-    path = here / "mapped"
-    path.write_bytes(bytes(3 * mmap.PAGESIZE))
-    with path.open("r+b") as file:
-        mapped = mmap.mmap(file.fileno(), 0)
-    mapped[5000:5005] = b"MMAP!"  # the descriptor is closed already
-    mapped.flush()
-    mapped.close()
-    assert path.read_bytes()[5000:5005] == b"MMAP!"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as again:
-        assert again[5000:5005] == b"MMAP!"
-
-
-@needs_fuse
-def test_an_unlinked_open_file_has_no_link_and_still_works(here: Path) -> None:
-    path = here / "gone"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    path.unlink()
-    os.write(descriptor, b"still here")
-    assert os.fstat(descriptor).st_nlink == 0
-    assert os.pread(descriptor, 100, 0) == b"still here"
-    os.close(descriptor)
-    path.write_bytes(b"old")
-    descriptor = os.open(path, os.O_RDONLY)
-    (here / "other").write_bytes(b"new")
-    (here / "other").rename(path)
-    assert (os.fstat(descriptor).st_nlink, os.read(descriptor, 10), path.read_bytes()) == (0, b"old", b"new")
-    os.close(descriptor)
-
-
-@needs_fuse
-def test_a_name_exists_from_create_on_and_exclusively(here: Path) -> None:
-    descriptor = os.open(here / "new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    assert os.listdir(here) == ["new"]
-    with pytest.raises(FileExistsError):
-        os.open(here / "new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    with pytest.raises(OSError, match="not empty"):
-        here.rmdir()
-    os.close(descriptor)
-
-
-@needs_fuse
-def test_many_names_are_listed_once_each_while_being_removed(here: Path) -> None:
-    wanted = {f"name-{number:04}-{'x' * 100}" for number in range(1500)}
-    for name in wanted:
-        (here / name).touch()
-    seen = []
-    with os.scandir(here) as listing:
-        for entry in listing:
-            seen.append(entry.name)
-            (here / entry.name).unlink()
-    assert sorted(seen) == sorted(wanted)
-    assert os.listdir(here) == []
-
-
-@needs_fuse
 def test_ordinary_programs(here: Path) -> None:
     source = Path(__file__).parents[2] / "grid"
     script = f"""
@@ -180,26 +121,6 @@ def test_ordinary_programs(here: Path) -> None:
     """
     done = subprocess.run(["bash", "-c", script], cwd=here, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@needs_fuse
-def test_directories_have_the_time_of_their_last_change_or_the_one_set(here: Path) -> None:
-    os.utime(here, ns=(5, 123_456_789))
-    assert here.stat().st_mtime_ns == 123_456_789
-    before = time.time_ns()
-    (here / "new").touch()
-    assert here.stat().st_mtime_ns >= before - 1_000_000_000
-    assert here.stat().st_mtime_ns != 123_456_789
-
-
-@needs_fuse
-def test_setgid_directories_hand_their_group_down(here: Path) -> None:
-    os.chown(here, -1, 4321)
-    here.chmod(0o2775)
-    (here / "sub").mkdir()
-    (here / "file").touch()
-    assert ((here / "sub").stat().st_gid, (here / "file").stat().st_gid) == (4321, 4321)
-    assert (here / "sub").stat().st_mode & stat.S_ISGID
 
 
 @needs_fuse

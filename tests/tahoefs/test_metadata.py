@@ -83,9 +83,13 @@ def test_which_time_is_shown(metadata: dict[str, Any], times: tuple[int, int]) -
 
 def test_no_write_takes_the_write_bits_away_and_chmod_sets_it() -> None:
     assert edge.permissions({"no-write": True, "tahoefs": {"mode": 0o666}}, DEFAULTS, directory=False) == 0o444
+    assert edge.is_no_write({"no-write": True}) and not edge.is_no_write({"no-write": False})
     protected = edge.with_mode({"other": 1}, 0o444, now_ns=1, tell_others=True)
     assert protected["no-write"] is True and protected["other"] == 1
     assert "no-write" not in edge.with_mode(protected, 0o644, now_ns=2, tell_others=True)
+    group = edge.with_mode({}, 0o060, now_ns=1, tell_others=True)
+    assert group["no-write"] is True and not edge.is_no_write(group)
+    assert edge.permissions(group, DEFAULTS, directory=False) == 0o060
     # A mutable file keeps its write cap: other clients would store the read cap only, for good.
     assert "no-write" not in edge.with_mode({}, 0o444, now_ns=1, tell_others=False)
 
