@@ -24,6 +24,7 @@ from grid.crypto import TubIdentity, spki_hash_of_certificate
 from grid.errors import FormatError, NegotiationError
 from grid.transports.tls_stream import RECORD_BYTES, SEND_BYTES, Buffer, Engine, TLSStream
 
+_TAKEN_BYTES: Final = SEND_BYTES + RECORD_BYTES  # ciphertext copied out of pyOpenSSL at a time
 _PARTIAL_WRITE: Final = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE: each call would write one record
 
 
@@ -210,12 +211,13 @@ class _ServerEngine:
             view = view[self._tls.bio_write(view) :]
 
     def take(self) -> bytes:
-        pieces = []
-        while True:
-            try:
-                pieces.append(self._tls.bio_read(SEND_BYTES + RECORD_BYTES))
-            except SSL.WantReadError:
-                return b"".join(pieces)
+        pieces: list[bytes] = []
+        try:
+            while not pieces or len(pieces[-1]) == _TAKEN_BYTES:  # a shorter one was the last
+                pieces.append(self._tls.bio_read(_TAKEN_BYTES))
+        except SSL.WantReadError:
+            pass
+        return b"".join(pieces)
 
     def read(self, pieces: list[bytes]) -> bool:
         try:

@@ -6,7 +6,8 @@
     small down  the same
 
 Over HTTP and over Foolscap. What counts are the CPU seconds of the server's process, ours by theirs: below 0.5 we use
-less than half. Wall time is mostly the client's, and is there for orientation. Ours and theirs run in turn.
+less than half. Wall time is mostly the client's, and is there for orientation. Ours and theirs run in turn, each first
+in every other round; after each round the medians so far are told.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Sink:
 
     def open(self, size: int) -> None: ...
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         self.size += len(data)
 
     def close(self) -> None: ...
@@ -144,19 +145,20 @@ def run(scratch: Path, runs: int, tahoe: Path) -> None:
     try:
         for node in nodes.values():
             node.start()
-        for _ in range(runs):
+        for number in range(1, runs + 1):
             with large.open("wb") as file:
                 for _ in range(LARGE_BYTES // PIECE_BYTES):
                     file.write(random.randbytes(PIECE_BYTES))
             for protocol, http in PROTOCOLS.items():
-                for name, node in nodes.items():
-                    measured = Measured(scratch, node, http, costs.setdefault((protocol, name), {}))
+                for name in sorted(nodes, reverse=not number % 2):
+                    measured = Measured(scratch, nodes[name], http, costs.setdefault((protocol, name), {}))
                     trio.run(measured.large, large)
                     trio.run(measured.small)
+            print(f"after {number} of {runs} rounds")
+            report(costs)
     finally:
         for node in nodes.values():
             node.kill()
-    report(costs)
 
 
 def report(costs: dict[tuple[str, str], Costs]) -> None:
