@@ -90,6 +90,6 @@ async def test_what_was_begun_before_another_client_took_the_name_is_kept_beside
             entry = workspace.root.get(stored_as)
             assert entry is not None and (await get(workspace, entry.target))[:4] == b"ours"
             await put(workspace, workspace.root, name, b"ours too")  # what is theirs is known by now
-        await workspace.wait()
+            await workspace.wait()
         assert len(await listing(client, workspace)) == 4
         assert workspace.status()["conflicts"] == 2

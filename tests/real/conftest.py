@@ -45,19 +45,19 @@ def mounted(node_dir: Path, tmp_path: Path) -> Mounter:
 
 
 def mounter(node_dir: Path, tmp_path: Path) -> Mounter:
-    """The same for any node directory. Skips where nothing can be mounted."""
+    """The same for any node directory; a mount's own `node` goes before it. Skips where nothing can be mounted."""
     if (reason := can_mount()) is not None:
         pytest.skip(reason)
     count = 0
 
     @contextlib.contextmanager
-    def mount(cap: str, *options: str, drain: bool = True) -> Iterator[Mount]:
+    def mount(cap: str, *options: str, drain: bool = True, node: Path = node_dir) -> Iterator[Mount]:
         nonlocal count
         count += 1
         where = tmp_path / f"mnt{count}"
         where.mkdir()
         arguments = [each for option in options for each in ("-o", option)]
-        tahoefs("mount", "-", where, "-d", node_dir, *arguments, stdin=cap)
+        tahoefs("mount", "-", where, "-d", node, *arguments, stdin=cap)
         yield Mount(where)
         if drain:
             tahoefs("umount", where)

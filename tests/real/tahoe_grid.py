@@ -202,6 +202,11 @@ class TahoeGrid:
         (node.path / "private" / "introducers.yaml").write_text(text)  # JSON is YAML
         return node
 
+    def new_client(self, path: Path, nickname: str) -> Path:
+        """A node directory of another client of this grid, for a mount."""
+        node = Node(self.tahoe, path, "client", client_config(0, self.shares, nickname))
+        return self._join(node).path
+
     def stop(self) -> None:
         for node in (*self.servers, *(getattr(self, name) for name in ("client", "introducer") if hasattr(self, name))):
             node.kill()
@@ -308,10 +313,10 @@ class TahoeGrid:
         return found
 
 
-def client_config(web_port: int, shares: tuple[int, int, int]) -> str:
+def client_config(web_port: int, shares: tuple[int, int, int], nickname: str = "client") -> str:
     k, happy, n = shares
     return (
-        f"[node]\nnickname = client\nweb.port = tcp:{web_port}:interface=127.0.0.1\n"
+        f"[node]\nnickname = {nickname}\nweb.port = tcp:{web_port}:interface=127.0.0.1\n"
         "tub.port = disabled\ntub.location = disabled\n"
         f"[client]\nshares.needed = {k}\nshares.happy = {happy}\nshares.total = {n}\n[storage]\nenabled = false\n"
     )

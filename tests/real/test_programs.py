@@ -23,7 +23,7 @@ from tests.real.tahoe_grid import TahoeGrid
 pytestmark = [pytest.mark.interop, pytest.mark.mount]
 
 PUBLISHES_MAX = 5  # of a directory that gets many files
-FILES = 400
+FILES = 1000 if os.environ.get("TAHOEFS_SOAK") else 400
 
 
 @pytest.fixture(scope="module")
