@@ -107,11 +107,11 @@ class WritableContents:
                 self._hash.changed_from(size)
         layers.size = size
 
-    async def seal(self, *, complete: bool = False) -> SealedFile:
+    async def seal(self, *, complete: bool = False, under: Contents | None = None) -> SealedFile:
         """What was written, as it is now; this object is of no use after that.
 
-        What is still the base's is fetched when it is needed, or now if `complete`. If that fails or is cancelled,
-        these contents stay open.
+        What is still the base's is fetched when it is needed, or now if `complete`; but not what is `under`'s, a file
+        that is changed in place. If that fails or is cancelled, these contents stay open.
         """
         self._check_open()
         self._open = False
@@ -120,7 +120,7 @@ class WritableContents:
         sealed = SealedFile(layers, self._encoding, self._hash, depth + 1)
         try:
             if complete or sealed.depth > CHAIN_MAX:
-                await sealed.fill(self._spool, self._wait_s)
+                await sealed.fill(self._spool, self._wait_s, under)
         except BaseException:
             self._open = True
             raise

@@ -18,7 +18,7 @@ from typing import Protocol
 import trio
 
 from cache.spool import SpoolFile
-from grid.errors import FormatError
+from grid.errors import FormatError, NotEnoughSharesError
 from grid.formats.caps import Cap, LiteralCap
 
 
@@ -72,6 +72,45 @@ class LazyContents:
             if self._contents is None:
                 self._contents = await self._opener(self.cap)
         return await self._contents.read(offset, length)
+
+    def close(self) -> None:
+        if self._contents is not None:
+            self._contents.close()
+
+
+class LiveContents:
+    """A mutable file that is changed in place, as the grid has it whenever it is read.
+
+    `size` stays what it was: where the file has become shorter there are zeros. `contents`: of the latest version, if
+    they are open already.
+    """
+
+    def __init__(
+        self, cap: Cap, size: int, opener: Callable[[Cap], Awaitable[Contents]], contents: Contents | None = None
+    ) -> None:
+        self.cap = cap
+        self.size = size
+        self._opener = opener
+        self._opening = trio.Lock()  # held over an opening
+        self._contents = contents
+
+    async def read(self, offset: int, length: int) -> bytes:
+        length = max(0, min(length, self.size - offset))
+        contents = await self._open(None)
+        try:
+            data = await contents.read(offset, length)
+        except NotEnoughSharesError:  # it was replaced, perhaps, by us or by others
+            data = await (await self._open(contents)).read(offset, length)
+        return data.ljust(length, b"\0")
+
+    async def _open(self, stale: Contents | None) -> Contents:
+        """The latest version that was seen, but not `stale`."""
+        async with self._opening:
+            if self._contents is None or self._contents is stale:
+                contents = await self._opener(self.cap)
+                self.close()
+                self._contents = contents
+            return self._contents
 
     def close(self) -> None:
         if self._contents is not None:

@@ -122,7 +122,7 @@ async def _resume(workspace: Workspace, journal: Journal, local: _Local) -> None
         return
 
     def replay(store: JournalStore, rows: Mapping[int, Row], adopted: Path | None) -> Restored:
-        opener = workspace.open_contents
+        opener = workspace.open_base
         replay = Replay(rows, local.spool, workspace.encoding, opener, same_boot=store.same_boot, adopted=adopted)
         return replay.run()
 

@@ -17,14 +17,18 @@ import trio
 from cache.journal import Journal
 from cache.options import WorkspaceOptions
 from cache.pending import Replacement
+from cache.sealed import SealedFile
 from cache.settling import Settling
 from cache.uploads import read_all
 from grid.errors import GridError
+from grid.formats.caps import Cap
+from grid.operations.changes import Changes
 
 log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 4
-TIMEOUT_S: Final = 600.0  # of one publish, all its tries included
+TIMEOUT_S: Final = 600.0  # of one publish, all its tries included; and more for a large file:
+SLOW_BYTES_PER_S: Final = 64 << 10
 
 
 class Replacements:
@@ -93,7 +97,7 @@ class Replacements:
                 async with self._turns:
                     replacement = self._latest[storage_index]
                     try:
-                        with trio.fail_after(TIMEOUT_S):
+                        with trio.fail_after(TIMEOUT_S + replacement.size / SLOW_BYTES_PER_S):
                             await self._publish(replacement)
                     except Exception as error:  # noqa: BLE001  logged there; whatever it is, others must go on
                         failure: Exception | None = error
@@ -120,13 +124,25 @@ class Replacements:
                 await self._retry.wait()
 
     async def _publish(self, replacement: Replacement) -> None:
-        sealed = replacement.sealed.retain()
+        sealed, cap = replacement.sealed.retain(), replacement.cap
+        node = self._client.create_node_from_uri(cap)
         try:
             await sealed.check()
-            data = await read_all(sealed)
+            if cap.kind == "sdmf":
+                await node.replace(await read_all(sealed))
+            else:
+                await self._change(node, cap, sealed)
         finally:
             sealed.release()
-        await self._client.create_node_from_uri(replacement.cap).replace(data)
+
+    async def _change(self, node: Any, cap: Cap, sealed: SealedFile) -> None:
+        """In place: where it was written, and to its size; whatever others wrote elsewhere meanwhile stays."""
+        contents = sealed.open()
+        try:
+            written = sealed.showing(cap).without(0, sealed.size)
+            await node.apply(Changes(written, contents.read, sealed.size))
+        finally:
+            contents.close()
 
     def _failed(self, replacement: Replacement, error: Exception) -> None:
         replacement.attempts += 1

@@ -27,7 +27,7 @@ from cache.cap_json import cap_from_json
 from cache.convergence import FileEncoding, RunningHash
 from cache.directories import Change, Directory, Kind, Target
 from cache.journal_store import Row
-from cache.layers import Contents, Layers, LazyContents
+from cache.layers import Contents, Layers, LazyContents, LiveContents
 from cache.pending import PendingFile, Replacement
 from cache.sealed import SealedContents, SealedFile
 from cache.spans import Spans
@@ -153,7 +153,8 @@ class Replay:
             raise FormatError("what it was written over is lost")
         if isinstance(what, SealedFile):
             return SealedContents(what)
-        return LazyContents(what, stop, self._opener)
+        kind = LiveContents if what.kind == "mdmf" else LazyContents
+        return kind(what, stop, self._opener)
 
     # --- changes
 

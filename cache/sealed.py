@@ -24,7 +24,8 @@ import trio
 
 from cache.cap_json import cap_to_json
 from cache.convergence import FileEncoding, RunningHash
-from cache.layers import Layers, read_under
+from cache.layers import Contents, Layers, read_under
+from cache.spans import Spans
 from cache.spool import Spool, SpoolFile
 from grid.crypto import KEY_BYTES
 from grid.errors import GridError
@@ -204,18 +205,33 @@ class SealedFile:
         if not whole:
             raise DamagedFileError("the local copy, the only one there is, was damaged on the disk")
 
-    async def fill(self, spool: Spool, wait_s: float) -> None:
-        """Fetch what is still the base's alone, so that the file stands by itself. Raises GridError."""
+    def showing(self, cap: Cap) -> Spans:
+        """Where nothing was written over the file on the grid that `cap` names, so that it shows through."""
+        layers = self._layers
+        base, missing = layers.base, layers.missing()
+        if base is None or (base.cap is not None and base.cap != cap):
+            return Spans()
+        if base.cap is None and isinstance(base, SealedContents):
+            below = base.sealed.showing(cap)
+            return Spans((a, b) for start, stop in missing for a, b, held in below.cut(start, stop) if held)
+        return Spans(missing)
+
+    async def fill(self, spool: Spool, wait_s: float, under: Contents | None = None) -> None:
+        """Fetch what is still the base's alone, so that the file stands by itself. Raises GridError.
+
+        `under`: a file on the grid, whose bytes are left where they show through.
+        """
         layers = self._layers
         async with self._filling:
+            left = Spans() if under is None or under.cap is None else self.showing(under.cap)
             with _opened(layers.file):
-                for start, stop in layers.missing():
+                for start, stop in [part for span in layers.missing() for part in left.without(*span)]:
                     for position in range(start, stop, CHUNK_BYTES):
                         end = min(position + CHUNK_BYTES, stop)
                         data = await read_under(layers.base, layers.base_stop, position, end)
                         await spool.room(len(data), wait_s)
                         await trio.to_thread.run_sync(layers.file.write, position, data)
-            base, layers.base, layers.base_stop = layers.base, None, 0
+            base, layers.base, layers.base_stop = layers.base, under, left.stop
             self.depth = 1
             self._digest, self._synced = None, False
             self._note_change()  # before the base may go

@@ -78,6 +78,10 @@ class Spans:
             index += 1
         return pieces
 
+    def without(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of [start, stop) that are not held."""
+        return [(a, b) for a, b, held in self.cut(start, stop) if not held]
+
     def missing_bytes(self, start: int, stop: int) -> int:
         """How many bytes of [start, stop) are not held."""
         return sum(b - a for a, b, held in self.cut(start, stop) if not held)

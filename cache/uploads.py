@@ -24,6 +24,7 @@ from cache.throughput import Meter
 from grid.errors import GridError, WrongKindError
 from grid.formats.caps import Cap, LiteralCap, parse_known_cap
 from grid.formats.segments import LITERAL_BYTES_MAX
+from grid.operations.changes import MDMF_DATA_BYTES_MAX, Changes
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ SMALL_BYTES: Final = 1 << 20  # files up to here are small
 SMALL_AT_ONCE: Final = 8
 BIG_AT_ONCE: Final = 2
 RESTING_NEW_MAX: Final = 8  # files stored for the first time that wait whether they are stored again; more need not
-MUTABLE_BYTES_MAX: Final = 64 << 20  # a mutable file is held in memory whole
+SDMF_BYTES_MAX: Final = 64 << 20  # such a file is held in memory whole
 
 
 class Uploads:
@@ -160,15 +161,21 @@ class Uploads:
             await sealed.check()
             if not sealed.complete:
                 await sealed.fill(self._spool, self._options.spool_wait_s)
-            if self._options.mutable is not None and file.size <= MUTABLE_BYTES_MAX:
-                # MDMF cannot be made yet; SDMF is read by all the same.
-                text = await self._client.create_mutable_file(await read_all(sealed), format="sdmf")
-                return parse_known_cap(text)
+            if self._options.mutable is not None and file.size <= mutable_bytes_max(self._options.mutable):
+                return await self._make_mutable(sealed, self._options.mutable)
             if file.size <= LITERAL_BYTES_MAX:
                 return LiteralCap(await read_all(sealed))
             return await self._upload(file, sealed)
         finally:
             sealed.release()
+
+    async def _make_mutable(self, sealed: SealedFile, kind: str) -> Cap:
+        contents = sealed.open()
+        try:
+            made = Changes.everything(sealed.size, contents.read)
+            return parse_known_cap(await self._client.create_mutable_file(made, format=kind))
+        finally:
+            contents.close()
 
     async def _upload(self, file: PendingFile, sealed: SealedFile) -> Cap:
         uploadable = SpoolUploadable(sealed)
@@ -223,3 +230,8 @@ async def read_all(sealed: SealedFile) -> bytes:
         return await contents.read(0, sealed.size)
     finally:
         contents.close()
+
+
+def mutable_bytes_max(kind: str) -> int:
+    """How large a mutable file may be: "sdmf" or "mdmf"."""
+    return MDMF_DATA_BYTES_MAX if kind == "mdmf" else SDMF_BYTES_MAX

@@ -39,7 +39,7 @@ from cache.disk_tier import DiskTier
 from cache.journal import Journal
 from cache.keeper import Keeper
 from cache.kept import Kept
-from cache.layers import BytesContents, Contents
+from cache.layers import BytesContents, Contents, LiveContents
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile, Replacement
 from cache.prefetch import Prefetcher, is_small
@@ -47,7 +47,7 @@ from cache.replay import Restored
 from cache.sealed import SealedFile
 from cache.snapshots import SnapshotContents
 from cache.spool import Spool
-from cache.uploads import MUTABLE_BYTES_MAX
+from cache.uploads import mutable_bytes_max
 from grid.errors import (
     BadCapError,
     ChildExistsError,
@@ -310,10 +310,18 @@ class Workspace:
         local = self._local(target)
         if local is not None:
             return await self._open_sealed(local)
-        snapshot = await self._kept.open_file(target)
-        if target.is_mutable:
-            self._sizes[target.storage_index] = snapshot.size
-        return SnapshotContents(target, snapshot, self._blocks)
+        contents = await self._open_stored(target)
+        return LiveContents(target, contents.size, self.open_base, contents) if target.kind == "mdmf" else contents
+
+    async def open_base(self, cap: Cap) -> Contents:
+        """What contents are written over: of a mutable file what the grid has, though there may be newer contents."""
+        return await (self._open_stored(cap) if cap.is_mutable else self.open_contents(cap))
+
+    async def _open_stored(self, cap: Cap) -> Contents:
+        snapshot = await self._kept.open_file(cap)
+        if cap.is_mutable and cap.storage_index is not None:
+            self._sizes[cap.storage_index] = snapshot.size
+        return SnapshotContents(cap, snapshot, self._blocks)
 
     async def _open_sealed(self, sealed: SealedFile) -> Contents:
         sealed.retain()  # it may be stored, and let go, while it is checked
@@ -371,16 +379,20 @@ class Workspace:
         return position, target, name
 
     async def replace(self, cap: Cap, contents: WritableContents) -> Position:
-        """New contents for a mutable file, in place. Raises NotWriteableError, also for MDMF files for now."""
+        """New contents for a mutable file, in place: of an MDMF file only what was written is sent, nothing fetched.
+
+        Raises NotWriteableError, FileTooLargeError.
+        """
         if not cap.is_mutable or cap.is_readonly or cap.storage_index is None or cap.is_directory:
             raise NotWriteableError("not a mutable file, or not one this cap may write")
-        if cap.kind == "mdmf":
-            raise NotWriteableError("MDMF files can be read, but not yet written")
         self._check_open()
-        if contents.size > MUTABLE_BYTES_MAX:
-            raise FileTooLargeError(f"a mutable file of over {MUTABLE_BYTES_MAX} bytes")
+        if contents.size > (most := mutable_bytes_max(cap.kind)):
+            raise FileTooLargeError(f"a mutable file of over {most} bytes")
         await self._journal.room(JOURNAL_WAIT_S)
-        sealed = await contents.seal(complete=True)  # the version it is based on may soon be gone
+        if cap.kind == "mdmf":
+            sealed = await contents.seal(under=LiveContents(cap, contents.size, self.open_base))
+        else:
+            sealed = await contents.seal(complete=True)  # the version it is based on may soon be gone
         position = self._journal.begin()
         self._sizes[cap.storage_index] = sealed.size
         self._committer.replacements.add(Replacement(cap, sealed, position))

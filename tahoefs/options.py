@@ -166,7 +166,7 @@ _VALUES: Final[dict[str, tuple[str, Any]]] = {
     "cache_size": ("cache_size", parse_size),
     "journal_size": ("journal_size", parse_size),
     "durability": ("durability", _choice("journal", "grid")),
-    "mutable": ("mutable", _choice("none", "sdmf")),
+    "mutable": ("mutable", _choice("none", "sdmf", "mdmf")),
     "metrics_port": ("metrics_port", _port),
     "poll": ("poll_s", _seconds),
     "timeout": ("timeout_s", _timeout),

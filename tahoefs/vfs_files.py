@@ -46,8 +46,6 @@ class FileOperations(AttributeOperations):
             raise FSError(errno.EACCES)
         if writing and not self.can_write(inode, view):
             raise self.refuse()
-        if writing and is_mutable_file(view.target) and view.target.kind == "mdmf":
-            raise FSError(errno.EOPNOTSUPP)  # better now than at close, with the bytes lost
         if writing and caller.uid != 0 and edge.is_no_write(view.metadata):
             raise FSError(errno.EACCES)
 
