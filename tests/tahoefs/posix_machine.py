@@ -18,8 +18,9 @@ import stat
 from pathlib import Path
 from typing import Any, Protocol
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.tahoefs.posix_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 
@@ -326,14 +327,30 @@ class FileSystemMachine(RuleBasedStateMachine):
             self.compare()
 
 
+def run_machine(mount: Mounted, base: Path, *, examples: int, steps: int) -> None:
+    """The same examples every time, unless TAHOEFS_SOAK asks for new ones."""
+    run_state_machine_as_test(
+        lambda: FileSystemMachine(mount, base),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=not os.environ.get("TAHOEFS_SOAK"),
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        ),
+    )
+
+
 def digests(base: Path) -> dict[str, str | None]:
     """What a client that knows no attributes finds of a local tree: {path: SHA-256, None for directories}."""
     found: dict[str, str | None] = {}
     for path in base.rglob("*"):
         name, mode = str(path.relative_to(base)), path.lstat().st_mode
-        if stat.S_ISDIR(mode):
-            found[name] = None
-        else:
-            data = os.fsencode(os.readlink(path)) if stat.S_ISLNK(mode) else path.read_bytes() * stat.S_ISREG(mode)
-            found[name] = hashlib.sha256(data).hexdigest()
+        data = b""
+        if stat.S_ISLNK(mode):
+            data = os.fsencode(os.readlink(path))
+        elif stat.S_ISREG(mode):  # a FIFO would wait to be written to
+            data = path.read_bytes()
+        found[name] = None if stat.S_ISDIR(mode) else hashlib.sha256(data).hexdigest()
     return found
