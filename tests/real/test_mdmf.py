@@ -12,6 +12,7 @@ import trio
 
 import grid
 from grid.nodes.mutable import MutableFileNode
+from tests.real.mounting import Mounter
 from tests.real.tahoe_grid import TahoeGrid, TahoeNotAvailable
 
 pytestmark = pytest.mark.interop
@@ -37,9 +38,9 @@ def small_grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TahoeGrid]:
         grid.stop()
 
 
-def is_whole(their: TahoeGrid, cap: str) -> bool:
+def is_whole(their: TahoeGrid, cap: str, shares: int = SERVERS) -> bool:
     results = their.check(cap)["results"]
-    return bool(results["healthy"] and results["count-shares-good"] == 4 and not results["count-corrupt-shares"])
+    return bool(results["healthy"] and results["count-shares-good"] == shares and not results["count-corrupt-shares"])
 
 
 def drawn_size(rng: random.Random) -> int:
@@ -202,3 +203,25 @@ def test_a_large_file_is_made_and_changed_in_bounded_steps(
             assert await node.download_to_data() == model
 
     trio.run(run)
+
+
+@pytest.mark.mount
+def test_in_a_mount(real_grid: TahoeGrid, root_cap: str, mounted: Mounter) -> None:
+    """Their file changed in place, keeping its cap; and new ones of ours."""
+    model = bytearray(random.Random(23).randbytes(9 * SEGMENT + 5))
+    cap = real_grid.put_at(root_cap, "theirs", bytes(model), "MDMF")
+    with mounted(root_cap, "mutable=mdmf") as mount:
+        with (mount.path / "theirs").open("r+b") as file:
+            file.seek(4 * SEGMENT - 3)
+            file.write(b"across a boundary")
+            file.seek(0, os.SEEK_END)
+            file.write(b"and at the end")
+        os.truncate(mount.path / "theirs", 9 * SEGMENT + 10)
+        (mount.path / "ours").write_bytes(model[::-1])
+        model[4 * SEGMENT - 3 : 4 * SEGMENT + 14] = b"across a boundary"
+        model += b"and a"
+        assert (mount.path / "theirs").read_bytes() == model
+    assert real_grid.get(cap) == model and real_grid.json(root_cap, "theirs")[1]["rw_uri"] == cap
+    assert real_grid.json(root_cap, "ours")[1]["format"] == "MDMF"
+    assert is_whole(real_grid, cap, 10)
+    assert len(real_grid.get(root_cap, "ours")) == 9 * SEGMENT + 5
