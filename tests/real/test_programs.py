@@ -7,11 +7,13 @@ uploads of the one before may still be on their way: as it is in a home director
 from __future__ import annotations
 
 import filecmp
+import importlib.util
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,6 +176,27 @@ def test_make(folder: Path) -> None:
 def test_a_venv(folder: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     assert run(folder / "venv" / "bin" / "python", "-c", "import sys; print(sys.prefix)") == f"{folder / 'venv'}\n"
+
+
+def write_wheel(path: Path) -> None:
+    """A package of three modules, as pip takes it."""
+    info = "small-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for number in range(3):
+            wheel.writestr(f"small/module{number}.py" if number else "small/__init__.py", f"number = {number}\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_pip_installs_there(folder: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("pip is not installed")
+    write_wheel(tmp_path / "small-1.0-py3-none-any.whl")
+    options = ("--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", "--root-user-action=ignore")
+    run(sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", *tmp_path.glob("*.whl"))
+    program = "import small.module2; print(small.module2.number)"
+    assert run(sys.executable, "-c", program, PYTHONPATH=str(folder / "site")) == "2\n"
 
 
 def test_many_small_files_are_a_few_publishes(mount: Mount, folder: Path) -> None:
