@@ -22,7 +22,8 @@ from cache.opening import open_workspace
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile
 from cache.spool import SpoolFullError
-from cache.workspace import Position, Workspace
+from cache.tree import Position
+from cache.workspace import Workspace
 
 __all__ = [
     "Contents",

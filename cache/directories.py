@@ -1,7 +1,7 @@
 """A directory as this mount sees it: the last listing from the grid, with pending changes laid over.
 
 Pure: no I/O, never awaits; so every method is atomic, and no lock guards this state. (`Directory.grid_lock` guards
-the conversation with the grid; only `cache/workspace.py` and `cache/committer.py` hold it, see there.)
+the conversation with the grid; only `cache/tree.py` and `cache/committer.py` hold it, see there.)
 
     base       name -> DirEntry      what was last read, or published by us
     changes    name -> Change        one per name, the latest: add or replace, remove, or set metadata
