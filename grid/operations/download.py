@@ -184,9 +184,9 @@ class _Read:
         wake_at = math.inf
         on_time: set[int] = set()
         for share, since in self.lanes.items():
-            if now - since < delay:
+            if now < (late_at := since + delay):
                 on_time.add(share.number)
-                wake_at = min(wake_at, since + delay)
+                wake_at = min(wake_at, late_at)
             else:
                 responsiveness.late(share.server.server_id)
         while len(self.blocks.keys() | on_time) < self.download.file.k:

@@ -117,7 +117,7 @@ class ShareFinder:
             while not enough():
                 now = trio.current_time()
                 late_after = self._responsiveness.hedge_delay_s
-                patient = [began for began in asked.values() if now - began < late_after]
+                patient = [began for began in asked.values() if now < began + late_after]
                 while self._unasked and len(patient) < self._at_once():
                     server = self._unasked.pop(0)
                     asked[server] = now
