@@ -283,8 +283,23 @@ class TahoeGrid:
         """`children`: {name: [kind, {"ro_uri"/"rw_uri": …, "metadata": …}]}, as `t=set-children` takes them."""
         self.request("POST", _uri(directory) + "?t=set-children", json.dumps(children).encode())
 
+    def mkdir_with_children(self, children: dict[str, Any]) -> str:
+        """Their metadata is stored as it is given, the `tahoe` part too."""
+        return self.request("POST", "/uri?t=mkdir-with-children", json.dumps(children).encode()).decode()
+
     def mkdir_immutable(self, children: dict[str, Any]) -> str:
         return self.request("POST", "/uri?t=mkdir-immutable", json.dumps(children).encode()).decode()
+
+    def rename(self, directory: str, old: str, new: str) -> None:
+        names = urllib.parse.urlencode({"from_name": old, "to_name": new})
+        self.request("POST", f"{_uri(directory)}?t=rename&{names}", b"")
+
+    def walk(self, cap: str, above: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(path, "filenode", "dirnode" or "unknown", what `t=json` tells) of all below a directory."""
+        for name, (kind, child) in self.json(cap)[1]["children"].items():
+            yield above + name, kind, child
+            if kind == "dirnode":
+                yield from self.walk(child["ro_uri"], f"{above}{name}/")
 
     def get(self, cap: str, path: str = "") -> bytes:
         return self.request("GET", _uri(cap, path))

@@ -126,17 +126,9 @@ def work_and_kill(
     in_threads(kill, sync, *(partial(worker.run, seed, killed) for worker in workers))
 
 
-def the_real_client_sees(grid: TahoeGrid, cap: str, above: str = "") -> dict[str, bytes]:
+def the_real_client_sees(grid: TahoeGrid, cap: str) -> dict[str, bytes]:
     """{path: contents} of all below a directory; those of a directory are empty."""
-    found: dict[str, bytes] = {}
-    for name, (kind, child) in grid.json(cap)[1]["children"].items():
-        path = above + name
-        if kind == "dirnode":
-            found[path] = b""
-            found |= the_real_client_sees(grid, child["ro_uri"], f"{path}/")
-        else:
-            found[path] = grid.get(child["ro_uri"])
-    return found
+    return {path: b"" if kind == "dirnode" else grid.get(child["ro_uri"]) for path, kind, child in grid.walk(cap)}
 
 
 def check(workers: list[Worker]) -> None:
