@@ -115,7 +115,8 @@ class Change:
         elif isinstance(self.target, Directory):
             target = {"new": number_of(self.target)}
         elif isinstance(self.target, PendingFile) and self.target.sealed is not None:
-            target = {"file": number_of(self.target.sealed), "name": self.target.name}
+            file = self.target
+            target = {"file": number_of(file.sealed), "name": file.name, "mutable": file.mutable}
         home = self.directory
         return {
             "is": "change",

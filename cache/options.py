@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from attrs import field, frozen
+from attrs import frozen
 
 _MIB = 1 << 20
-
-
-def _none(text: str | None) -> str | None:
-    return None if text == "none" else text
 
 
 @frozen
@@ -28,7 +24,7 @@ class WorkspaceOptions:
     new_directory_latest_s: float = 30.0  # the same for a directory's first publish, which should hold all it has
     retry_first_s: float = 1.0  # after a failure; doubles each time
     retry_most_s: float = 60.0
-    mutable: str | None = field(default=None, converter=_none)  # "sdmf", "mdmf": new files are mutable
+    mutable: str = "none"  # "sdmf", "mdmf": new files are mutable
     convergent: bool = True  # False: a random key for each file
     nickname: str | None = None  # in the names of conflict copies; None: the node's
     read_only: bool = False  # refuse every change, whatever the cap allows

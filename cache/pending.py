@@ -48,9 +48,10 @@ Stage = Literal["queued", "encoding", "pushing", "linking"]
 class PendingFile:
     """A sealed file that names refer to; uploaded as long as one of them does. Compared by identity."""
 
-    def __init__(self, sealed: SealedFile, name: str) -> None:
+    def __init__(self, sealed: SealedFile, name: str, mutable: str = "none") -> None:
         self.sealed: SealedFile | None = sealed  # None once it is stored or dropped
         self.name = name  # as it was first called, for messages
+        self.mutable = mutable  # what it is stored as: "sdmf", "mdmf" or, for an immutable file, "none"
         self.size = sealed.size
         self.cap: Cap | None = None  # once stored
         self.error: Exception | None = None  # the last failure, until it succeeds

@@ -7,7 +7,7 @@
     {"is": "replacement", "cap", "file", "position"}
 
     base         null, {"cap"}, {"file": id}         in       {"cap"}, {"new": id}
-    target       null, {"cap"}, {"cap", "unlinked": true}, {"file": id, "name"}, {"new": id}
+    target       null, {"cap"}, {"cap", "unlinked": true}, {"file": id, "name", "mutable"}, {"new": id}
 
 Rows refer to each other by id; "new" ids are of directories that are not on the grid, and have no row. A row that
 was lost takes those with it that make no sense without it, and nothing else. Does no network I/O.
@@ -187,7 +187,7 @@ class Replay:
             return None
         path = None if directory.path is None else f"{directory.path.rstrip('/')}/{name}"
         if "file" in target:
-            return self._pending_file(target["file"], target["name"])
+            return self._pending_file(target["file"], target["name"], target.get("mutable", "none"))
         if "new" in target:
             return self._directory(target, path)
         cap = cap_from_json(target["cap"])
@@ -197,14 +197,14 @@ class Replay:
         made.linked = False
         return made
 
-    def _pending_file(self, number: int, name: str) -> PendingFile | Cap:
+    def _pending_file(self, number: int, name: str, mutable: str) -> PendingFile | Cap:
         if number not in self._pending:
             file = self._files.get(number)
             if not isinstance(file, SealedFile):
                 if file is None:
                     raise FormatError("its contents are lost")
                 return file
-            self._pending[number] = PendingFile(file.retain(), name)
+            self._pending[number] = PendingFile(file.retain(), name, mutable)
         return self._pending[number]
 
     def _drop_unreachable(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import trio
 
+from cache.contents import FILE_BYTES_MAX, FileTooLargeError
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile, UploadProgress
 from cache.sealed import SealedFile, SpoolUploadable
@@ -33,6 +34,7 @@ SMALL_AT_ONCE: Final = 8
 BIG_AT_ONCE: Final = 2
 RESTING_NEW_MAX: Final = 8  # files stored for the first time that wait whether they are stored again; more need not
 SDMF_BYTES_MAX: Final = 64 << 20  # such a file is held in memory whole
+_BYTES_MAX: Final = {"none": FILE_BYTES_MAX, "sdmf": SDMF_BYTES_MAX, "mdmf": MDMF_DATA_BYTES_MAX}
 
 
 class Uploads:
@@ -161,8 +163,8 @@ class Uploads:
             await sealed.check()
             if not sealed.complete:
                 await sealed.fill(self._spool, self._options.spool_wait_s)
-            if self._options.mutable is not None and file.size <= mutable_bytes_max(self._options.mutable):
-                return await self._make_mutable(sealed, self._options.mutable)
+            if file.mutable != "none":
+                return await self._make_mutable(sealed, file.mutable)
             if file.size <= LITERAL_BYTES_MAX:
                 return LiteralCap(await read_all(sealed))
             return await self._upload(file, sealed)
@@ -232,6 +234,18 @@ async def read_all(sealed: SealedFile) -> bytes:
         contents.close()
 
 
-def mutable_bytes_max(kind: str) -> int:
-    """How large a mutable file may be: "sdmf" or "mdmf"."""
-    return MDMF_DATA_BYTES_MAX if kind == "mdmf" else SDMF_BYTES_MAX
+def stored_as(size: int, mutable: str | None, default: str) -> str:
+    """What a file of `size` bytes becomes: "none" (immutable), "sdmf" or "mdmf".
+
+    That is `mutable`, which was asked for; or else `default`, as far as the size allows. Raises FileTooLargeError.
+    """
+    if mutable is None:
+        return default if size <= _BYTES_MAX[default] else "none"
+    require_size(size, mutable)
+    return mutable
+
+
+def require_size(size: int, mutable: str) -> None:
+    """Raises FileTooLargeError."""
+    if size > (most := _BYTES_MAX[mutable]):
+        raise FileTooLargeError(f"a file of this kind has at most {most} bytes")

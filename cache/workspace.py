@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import trio
 
-from cache.contents import FileTooLargeError, WritableContents
+from cache.contents import WritableContents
 from cache.directories import Directory, Kind, Target, cap_of
 from cache.layers import BytesContents, Contents, LiveContents
 from cache.pending import PendingFile, Replacement
@@ -27,7 +27,7 @@ from cache.replay import Restored
 from cache.sealed import SealedFile
 from cache.snapshots import SnapshotContents
 from cache.tree import ERRORS_MAX, JOURNAL_WAIT_S, Position, Tree
-from cache.uploads import mutable_bytes_max
+from cache.uploads import require_size, stored_as
 from grid.errors import (
     FormatError,
     NoSuchChildError,
@@ -119,21 +119,26 @@ class Workspace(Tree):
         metadata: dict[str, Any],
         *,
         over: Target | None,
+        mutable: str | None = None,
     ) -> tuple[Position, Target, str]:
         """Seal the contents and link them: as a PendingFile, or at once as a cap if they are short enough for one.
+
+        `mutable`: "none", "sdmf" or "mdmf"; None for what the options say, or an immutable file if it is too large for
+        that. Raises FileTooLargeError.
 
         `over` is what the name referred to when the writing began, None for nothing. If it is another client's by now
         both are kept: the name under which ours is linked is returned. When it fails or is cancelled the contents are
         as before.
         """
+        mutable = stored_as(contents.size, mutable, self._options.mutable)
         name = await self._prepare(directory, name, metadata)
         sealed = await contents.seal()
         target: Target
-        if sealed.size <= LITERAL_BYTES_MAX and sealed.complete and self._options.mutable is None:
+        if sealed.size <= LITERAL_BYTES_MAX and sealed.complete and mutable == "none":
             target = LiteralCap(sealed.read_now())
             sealed.release()
         else:
-            target = PendingFile(sealed, name)
+            target = PendingFile(sealed, name, mutable)
         name = self._committer.name_for(directory, name, over)
         position = self._journal.begin()
         self._link(directory, name, target, metadata, position)
@@ -147,8 +152,7 @@ class Workspace(Tree):
         if not cap.is_mutable or cap.is_readonly or cap.storage_index is None or cap.is_directory:
             raise NotWriteableError("not a mutable file, or not one this cap may write")
         self._check_open()
-        if contents.size > (most := mutable_bytes_max(cap.kind)):
-            raise FileTooLargeError(f"a mutable file of over {most} bytes")
+        require_size(contents.size, cap.kind)
         await self._journal.room(JOURNAL_WAIT_S)
         if cap.kind == "mdmf":
             sealed = await contents.seal(under=LiveContents(cap, contents.size, self.open_base))

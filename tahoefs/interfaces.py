@@ -43,6 +43,9 @@ class IPendingFile(Protocol):
     def state(self) -> str: ...
     @property
     def cap(self) -> Cap | None: ...
+    @property
+    def mutable(self) -> str:
+        """What it is stored as: "none", "sdmf" or "mdmf"."""
 
 
 Target = Any  # Cap | IPendingFile | IDirectory: told apart in `targets.py`, the only place that looks
@@ -91,7 +94,15 @@ class IWorkspace(Protocol):
     def is_prefetchable(self, target: Any, /) -> bool: ...
     def prefetch(self, targets: Iterable[Any], /) -> None: ...
     async def store(
-        self, directory: Any, name: str, contents: Any, metadata: Metadata, /, *, over: Target | None
+        self,
+        directory: Any,
+        name: str,
+        contents: Any,
+        metadata: Metadata,
+        /,
+        *,
+        over: Target | None,
+        mutable: str | None = None,
     ) -> tuple[Position, Target, str]: ...
     async def replace(self, cap: Any, contents: Any, /) -> Position: ...
     async def size_of(self, target: Any, /) -> int: ...

@@ -5,7 +5,7 @@ that cap instead; "metadata" and "name" go with a cap that was an entry elsewher
 
     find(place)           what stands there
     link(from, to)        a new name for it
-    clone(from, to)       a copy of it under a new name
+    clone(from, to)       a copy of it under a new name, its files converted if `mutable` says so
 
 What goes wrong is a LinkingError that names the place.
 """
@@ -23,8 +23,9 @@ from attrs import evolve
 
 from grid.errors import GridError
 from grid.formats.caps import parse_known_cap
-from tahoefs.errnos import EXIT_FAILED, EXIT_NOT_ALLOWED, FSError, exit_code_of
+from tahoefs.errnos import EXIT_FAILED, EXIT_NOT_ALLOWED, EXIT_USAGE, FSError, exit_code_of
 from tahoefs.linking import Found, Linking, Tell, tell_nobody
+from tahoefs.options import MUTABLE
 from tahoefs.vfs import VFS
 
 Place = dict[str, Any]
@@ -68,7 +69,9 @@ class LinkRequests:
         with refusals(to["label"]):
             await self._linking.link(found, to["path"])
 
-    async def clone(self, source: Place, to: Place, tell: Tell = tell_nobody) -> None:
+    async def clone(self, source: Place, to: Place, tell: Tell = tell_nobody, *, mutable: str | None = None) -> None:
+        if mutable is not None and mutable not in MUTABLE:
+            raise LinkingError(f"{to['label']}: no such kind of file", EXIT_USAGE)
         found = await self.find(source)
         with refusals(to["label"]):
-            await self._linking.clone(found, to["path"], tell)
+            await self._linking.clone(found, to["path"], tell, mutable=mutable)

@@ -3,8 +3,10 @@
     link    the name refers to the very same thing; what is mutable is shared
     clone   the name stays as it is, whatever becomes of the original:
                 immutable files, also those on their way     the same target, at no cost
-                mutable files                                their contents now, as a new file
+                mutable files, also those on their way       their contents now, as a new file
                 directories                                  new ones, with clones of all that is in them
+            converted, where that is asked for: files become mutable ones of one format, or mutable ones immutable;
+            what is special (symbolic links) stays as it is
 
 A clone of a tree is looked through as a whole before anything is made, and taken away again when it fails half-way.
 Changes of names are made under the folders' locks, as those that come from the kernel, and the kernel is told.
@@ -29,7 +31,7 @@ from tahoefs.errnos import FSError
 from tahoefs.inodes import Folder
 from tahoefs.interfaces import IDirectory, IWritableContents, Target
 from tahoefs.open_files import Handle
-from tahoefs.targets import is_directory, is_mutable_file
+from tahoefs.targets import Kind, is_directory, kind_of, will_be_mutable
 from tahoefs.vfs import VFS
 from tahoefs.vfs_core import REFRESH_PATIENCE_S, Invalidation
 
@@ -135,14 +137,18 @@ class Linking:
         await self._add(path, directory, partial(self._link, found.target, found.metadata))
         await self._vfs.settle(None)
 
-    async def clone(self, found: Found, path: Path, tell: Tell = tell_nobody) -> int:
-        """The same with a clone; `tell` hears how far it is. Returns how many names were made."""
+    async def clone(self, found: Found, path: Path, tell: Tell = tell_nobody, *, mutable: str | None = None) -> int:
+        """The same with a clone; `tell` hears how far it is. Returns how many names were made.
+
+        `mutable`: what its files are to be, "sdmf", "mdmf" or "none" (immutable); None: immutable ones stay so, of
+        others new ones are made as a program would. Raises FileTooLargeError too.
+        """
         path, directory = await self._place(found, path)
         top, *rest = await self._survey(found, directory)
-        async with self._maker(top) as make:
+        async with self._maker(top, mutable) as make:
             made = await self._add(path, directory, make)
         try:
-            await self._fill(made, rest, tell)
+            await self._fill(made, rest, tell, mutable)
         except BaseException:
             await self._undo(path, directory, made)
             raise
@@ -221,31 +227,32 @@ class Linking:
                 raise FSError(errno.E2BIG)
         return originals
 
-    async def _fill(self, made: Target, originals: Sequence[_Original], tell: Tell) -> None:
+    async def _fill(self, made: Target, originals: Sequence[_Original], tell: Tell, mutable: str | None) -> None:
         directories: dict[tuple[str, ...], Any] = {(): made}
         for number, original in enumerate(originals):
             if number % TELL_NAMES == 0:
                 await tell({"done": number, "names": len(originals)})
             directory = directories[original.path[:-1]]
             try:
-                target = await self._make_in(directory, original)
+                target = await self._make_in(directory, original, mutable)
             except NoSuchChildError:
                 if (latest := original.now()) is None:
                     continue
                 if is_directory(latest.target):
                     raise
-                target = await self._make_in(directory, latest)
+                target = await self._make_in(directory, latest, mutable)
             if is_directory(original.target):
                 directories[original.path] = target
             await trio.lowlevel.checkpoint()  # others want to go on meanwhile
 
-    async def _make_in(self, directory: IDirectory, original: _Original) -> Target:
-        async with self._maker(original) as make:
+    async def _make_in(self, directory: IDirectory, original: _Original, mutable: str | None) -> Target:
+        async with self._maker(original, mutable) as make:
             return await make(directory, original.path[-1])
 
     @asynccontextmanager
-    async def _maker(self, original: _Original) -> AsyncIterator[Make]:
+    async def _maker(self, original: _Original, mutable: str | None) -> AsyncIterator[Make]:
         """What makes a name for a clone of `original`; all that takes long about it is done before."""
+        becomes_mutable = mutable not in (None, "none")
         if is_directory(original.target):
             metadata = edge.changed(original.metadata, now_ns=time.time_ns())
 
@@ -253,12 +260,19 @@ class Linking:
                 return await self._workspace.make_directory(directory, name, metadata)
 
             yield make_directory
-        elif is_mutable_file(original.target):
+        elif will_be_mutable(original.target) or (
+            becomes_mutable and kind_of(original.target, original.metadata) is Kind.FILE
+        ):
             copied = await self._copy(original.target)
-            metadata = edge.changed(original.metadata, now_ns=time.time_ns(), size=copied.size)
+            now_ns = time.time_ns()
+            if becomes_mutable:
+                metadata = edge.for_mutable_file(original.metadata, self._vfs.defaults, now_ns=now_ns)
+            else:
+                metadata = edge.changed(original.metadata, now_ns=now_ns, size=copied.size)
 
             async def store(directory: IDirectory, name: str) -> Target:
-                return (await self._workspace.store(directory, name, copied, metadata, over=None))[1]
+                stored = await self._workspace.store(directory, name, copied, metadata, over=None, mutable=mutable)
+                return stored[1]
 
             try:
                 yield store
@@ -268,6 +282,8 @@ class Linking:
             yield partial(self._link, original.target, original.metadata)
 
     async def _copy(self, target: Target) -> IWritableContents:
+        if not will_be_mutable(target):
+            return await self._workspace.new_contents(target)  # never changes: it is fetched when the copy is sent
         contents = await self._workspace.open_contents(target)
         try:
             copied = await self._workspace.new_contents()

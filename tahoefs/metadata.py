@@ -107,6 +107,16 @@ def with_mode(metadata: Mapping[str, Any], mode: int, *, now_ns: int, tell_other
     return result
 
 
+def for_mutable_file(metadata: Mapping[str, Any], defaults: Defaults, *, now_ns: int) -> dict[str, Any]:
+    """What was noted of an immutable file, for a mutable one in its place: the same bits, but nothing that costs it its
+    write cap, and no size, since that changes without the directory.
+    """
+    bits = permissions(metadata, defaults, directory=False) if metadata.get("no-write") is True else None
+    result = changed(metadata, now_ns=now_ns, size=None, **({} if bits is None else {"mode": bits}))
+    result.pop("no-write", None)
+    return result
+
+
 def xattrs(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """The extended attributes users have set; what does not decode is left out."""
     stored = own_part(metadata).get("xattrs")

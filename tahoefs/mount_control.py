@@ -4,7 +4,7 @@
     sync      returns when all that was written before is on the grid; tells how much is left meanwhile
     detach    stop sending: what is left stays in the journal, for the next mount
     link      {"from": place, "to": place}, see `link_requests.py`
-    clone     the same
+    clone     the same, and "mutable": what its files are to be, if they are to be converted
     entry     {"from": place}: what stands there, once it is on the grid: {"cap", "metadata", "name"}
 
 Each is a coroutine of (request, progress), see `control.py` for the socket. Who can connect may see caps: it is who
@@ -128,7 +128,7 @@ class MountControl:
         await self._links.link(request["from"], request["to"])
 
     async def _answer_clone(self, request: dict[str, Any], progress: Progress) -> None:
-        await self._links.clone(request["from"], request["to"], progress)
+        await self._links.clone(request["from"], request["to"], progress, mutable=request.get("mutable"))
 
     async def _answer_entry(self, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         await self._links.find(request["from"])  # stores what is open there

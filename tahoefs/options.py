@@ -18,6 +18,7 @@ TIME_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 TIMEOUT_S_MAX: Final = 3600.0
 LEASE_RENEW_S_MIN: Final = 3600.0
 LEASE_RENEW_S_MAX: Final = 30 * 86400.0
+MUTABLE: Final = ("none", "sdmf", "mdmf")  # what files can be made as; none: immutable
 
 # Understood by the kernel or libfuse; handed on untouched.
 PASSED_ON: Final = frozenset(
@@ -166,7 +167,7 @@ _VALUES: Final[dict[str, tuple[str, Any]]] = {
     "cache_size": ("cache_size", parse_size),
     "journal_size": ("journal_size", parse_size),
     "durability": ("durability", _choice("journal", "grid")),
-    "mutable": ("mutable", _choice("none", "sdmf", "mdmf")),
+    "mutable": ("mutable", _choice(*MUTABLE)),
     "metrics_port": ("metrics_port", _port),
     "poll": ("poll_s", _seconds),
     "timeout": ("timeout_s", _timeout),

@@ -73,6 +73,11 @@ def is_mutable_file(target: Target) -> bool:
     return is_cap(target) and not target.is_directory and bool(target.is_mutable)
 
 
+def will_be_mutable(target: Target) -> bool:
+    """The same of a file on its way too, which may become one."""
+    return is_mutable_file(target) or getattr(target, "mutable", "none") != "none"
+
+
 def known_size(target: Target) -> int | None:
     """Bytes, without asking anybody; None for mutable files (and for what has no size)."""
     if is_directory(target) or is_unreadable(target):

@@ -21,7 +21,7 @@ from tahoefs import xattrs
 from tahoefs.errnos import FSError
 from tahoefs.inodes import ROOT_INODE, Inode
 from tahoefs.interfaces import Caller, Metadata, Position
-from tahoefs.targets import Kind, is_mutable_file, is_unreadable, known_size
+from tahoefs.targets import Kind, is_mutable_file, is_unreadable, known_size, will_be_mutable
 from tahoefs.vfs_core import NAME_BYTES_MAX, VFSCore, View
 
 BLOCK_BYTES: Final = 4096
@@ -166,7 +166,7 @@ class AttributeOperations(VFSCore):
             own["mtime_ns"] = changes.mtime_ns
         if own or changes.mode is not None:
             # What has a write cap of its own, or will have: a new file in a mount with `mutable=`.
-            keeps_write_cap = is_mutable_file(view.target) or inode.folder is not None or self.options.mutable != "none"
+            keeps_write_cap = will_be_mutable(view.target) or inode.folder is not None or self.options.mutable != "none"
 
             def change(metadata: Metadata) -> Metadata:
                 now_ns = time.time_ns()

@@ -136,7 +136,12 @@ class NameOperations(FileOperations):
                 folder.changed_ns = time.time_ns()
                 with folder.being_changed(added=name):
                     position, target, _ = await self.workspace.store(
-                        folder.directory, name, contents, metadata, over=None
+                        folder.directory,
+                        name,
+                        contents,
+                        metadata,
+                        over=None,
+                        mutable=None if kind is Kind.FILE else "none",  # what is special is told by its size too
                     )
                 inode = self.table.add(parent, name, kind, target, metadata)
                 found = self._counted(inode)

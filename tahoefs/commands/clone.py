@@ -1,4 +1,4 @@
-"""`tahoefs clone SRC DST`"""
+"""`tahoefs clone [--mutable none|sdmf|mdmf] SRC DST`"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from tahoefs.cli import UserError, node_dir_option, warn
 from tahoefs.control_client import ask
+from tahoefs.options import MUTABLE
 from tahoefs.places import InMount, OnGrid, find_place
 from tahoefs.progress import Progress
 from tahoefs.what import WhatError
@@ -19,11 +20,13 @@ ANSWER_TIMEOUT_S: Final = 600.0  # between two words about how far it is: a larg
 @click.command("clone", short_help="an instant copy of a file or tree")
 @click.argument("src")
 @click.argument("dst")
+@click.option("--mutable", type=click.Choice(MUTABLE), help="Convert the files; none: mutable ones become immutable.")
 @node_dir_option
-def command(src: str, dst: str, node_dir: Path) -> None:
+def command(src: str, dst: str, mutable: str | None, node_dir: Path) -> None:
     """Make DST an independent copy of SRC, each a path in a mount or alias:path, without copying contents.
 
     Immutable files are linked, since they never change; directories are made anew; only mutable files are copied.
+    With --mutable all files of DST are of that kind, stored anew; with "none" only those that were mutable are.
     If DST is a directory, the copy comes into it under SRC's name.
     """
     try:
@@ -43,9 +46,9 @@ def command(src: str, dst: str, node_dir: Path) -> None:
                 source.mount.socket, request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.pending
             )
         if isinstance(place, InMount):
-            request = {"command": "clone", "from": what, "to": place.to_json()}
-            ask(place.mount.socket, request, timeout_s=ANSWER_TIMEOUT_S, progress=progress.steps)
+            what_to_do: dict[str, Any] = {"command": "clone", "from": what, "to": place.to_json(), "mutable": mutable}
+            ask(place.mount.socket, what_to_do, timeout_s=ANSWER_TIMEOUT_S, progress=progress.steps)
             return
         from tahoefs.direct import change
 
-        change(node_dir, place, lambda links: links.clone(what, place.to_json()))
+        change(node_dir, place, lambda links: links.clone(what, place.to_json(), mutable=mutable))

@@ -172,12 +172,20 @@ def test_ln_and_clone_in_a_mount_and_without(
         tahoefs("clone", "other:copy/pending", mount.path / "back", "-d", node)
         tahoefs("ln", f"@{tmp_path}/theirs", "other:theirs", "-d", node)
         tahoefs("clone", "other:theirs/deep", "other:copy", "-d", node)
+        tahoefs("clone", "--mutable", "mdmf", mount.path / "linked", mount.path / "converted")
+        tahoefs("clone", "--mutable", "none", "other:theirs/deep", "other:frozen", "-d", node)
         refused = tahoefs("ln", f"@{tmp_path}/theirs", "other:theirs/deep/file", "-d", node, check=False)
         assert (refused.returncode, refused.stderr) == (1, "tahoefs: other:theirs/deep/file: File exists\n")
         assert (mount.path / "back").read_bytes() == b"y" * 1000
     assert real_grid.get(root_cap, "cloned/deep/mutable") == b"first"
     assert real_grid.get(root_cap, "linked/deep/mutable") == b"second"
     assert real_grid.get(root_cap, "copy/pending") == b"y" * 1000
+    for cap, path, kind, contents in (
+        (root_cap, "converted/deep/file", "MDMF", b"x" * 1000),
+        (root_cap, "converted/deep/mutable", "MDMF", b"second"),
+        (other, "frozen/mutable", "CHK", b"second"),
+    ):
+        assert (real_grid.json(cap, path)[1]["format"], real_grid.get(cap, path)) == (kind, contents)
     for path, contents in (
         ("copy/deep/mutable", b"second"),
         ("theirs/deep/file", b"x" * 1000),

@@ -105,6 +105,7 @@ class MemoryFile:
     size: int
     state: str = "pending"
     cap: Cap | None = None
+    mutable: str = "none"
 
 
 @define(eq=False)
@@ -233,7 +234,15 @@ class MemoryWorkspace:
         assert not list(targets)
 
     async def store(
-        self, directory: MemoryDirectory, name: str, contents: MemoryContents, metadata: dict[str, Any], /, *, over: Any
+        self,
+        directory: MemoryDirectory,
+        name: str,
+        contents: MemoryContents,
+        metadata: dict[str, Any],
+        /,
+        *,
+        over: Any,
+        mutable: str | None = None,
     ) -> tuple[int, Any, str]:
         position = await self._called("store")
         contents.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from attrs import define, evolve
 
-from cache import Workspace, open_workspace
+from cache import FileTooLargeError, Workspace, open_workspace, uploads
 from grid.errors import GridError, NoSuchChildError, WrongKindError
 from grid.formats.caps import LiteralCap, UnknownCap
 from tahoefs import linking as linking_module
@@ -18,7 +18,7 @@ from tahoefs.errnos import FSError
 from tahoefs.link_requests import LinkingError, LinkRequests
 from tahoefs.linking import Found, Linking
 from tahoefs.options import MountOptions
-from tahoefs.targets import Kind
+from tahoefs.targets import Kind, cap_of
 from tahoefs.vfs import VFS
 from tests.cache.memory_client import QUICK, MemoryClient, get, memory_client, mounted, put
 from tests.tahoefs.vfs_helpers import ME, ROOT
@@ -45,8 +45,8 @@ class Tree:
             )
         return (await put(self.workspace, directory, name, data, metadata))[1]
 
-    async def clone(self, src: str, dst: str) -> int:
-        return await self.linking.clone(await self.linking.find(src.split("/")), dst.split("/"))
+    async def clone(self, src: str, dst: str, mutable: str | None = None) -> int:
+        return await self.linking.clone(await self.linking.find(src.split("/")), dst.split("/"), mutable=mutable)
 
     async def link(self, found: Found, dst: str) -> None:
         await self.linking.link(found, dst.split("/"))
@@ -128,6 +128,81 @@ async def test_mutable_files_are_copied(tree: Tree) -> None:
     copy = await tree.linking.find(["copy"])
     assert not copy.target.is_mutable and copy.metadata["tahoefs"]["mode"] == 0o640
     assert copy.metadata["tahoefs"]["size"] == 5
+
+
+@pytest.mark.parametrize("kind", ["sdmf", "mdmf"])
+async def test_converting_files_to_mutable_ones_and_back(tree: Tree, kind: str) -> None:
+    other = "mdmf" if kind == "sdmf" else "sdmf"
+    stored = await tree.put("src/stored", metadata={"no-write": True, "foreign": 1, "tahoefs": {"size": 4096}})
+    await tree.put("src/below/short", b"short")
+    await tree.put("src/empty", b"")
+    node = await tree.client.nodemaker.create_mutable_file(b"mutable", other)
+    source = tree.workspace.directory((await tree.linking.find(["src"])).target)
+    await tree.workspace.link(source, "mutable", node.cap, {})
+    await tree.workspace.wait()
+    await tree.put("src/pending", DATA * 3)
+    await tree.vfs.symlink((await tree.vfs.lookup(ROOT, b"src")).number, b"link", b"else/where" * 9, ME)
+    contents = {"stored": DATA, "below/short": b"short", "empty": b"", "mutable": b"mutable", "pending": DATA * 3}
+
+    assert await tree.clone("src", "dst", kind) == 8
+    await tree.workspace.wait()
+    caps = {path: cap_of((await tree.linking.find(["dst", *path.split("/")])).target) for path in contents}
+    assert {cap.kind for cap in caps.values()} == {kind} and len(set(caps.values())) == len(contents)
+    for path, data in contents.items():
+        assert await tree.client.fetch(caps[path]) == data, path
+    metadata = (await tree.linking.find(["dst", "stored"])).metadata
+    assert metadata["foreign"] == 1 and metadata["tahoefs"]["mode"] & 0o222 == 0
+    assert "no-write" not in metadata and "size" not in metadata["tahoefs"]  # the one costs others the write cap
+    assert (await tree.names("src"))["stored"] == stored.cap
+    link = await tree.vfs.lookup((await tree.vfs.lookup(ROOT, b"dst")).number, b"link")
+    assert await tree.vfs.readlink(link.number) == b"else/where" * 9
+
+    await tree.clone("dst", "back", "none")
+    await tree.clone("src/stored", "same", "none")
+    await node.replace(b"changed")
+    await tree.workspace.wait()
+    for path, data in contents.items():
+        target = (await tree.linking.find(["back", *path.split("/")])).target
+        assert not cap_of(target).is_mutable and await tree.read(f"back/{path}") == data
+    assert (await tree.names())["same"] == stored.cap
+
+
+async def test_what_is_too_large_for_a_format_is_not_converted(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(uploads._BYTES_MAX, "sdmf", 100)
+    await tree.put("src/fits", b"x" * 100)
+    await tree.put("src/large", b"x" * 101)
+    with pytest.raises(FileTooLargeError):
+        await tree.clone("src", "dst", "sdmf")
+    assert set(await tree.names()) == {"src"}
+
+
+async def test_mutable_files_on_their_way_are_copied(tmp_path: Path) -> None:
+    """A file is of the kind it was stored as, whoever sends it in the end; its clone is another one."""
+    async with memory_client() as (client, root):
+        async with open_workspace(client, root, state_dir=tmp_path, options=evolve(QUICK, mutable="mdmf")) as workspace:
+            await workspace.load(workspace.root)
+            client.pause()
+            tree = Tree(client, workspace, vfs := VFS(workspace, options=MountOptions()), Linking(vfs))
+            await tree.put("file")
+            await tree.clone("file", "copy")
+            await tree.clone("file", "converted", "sdmf")
+            await tree.clone("file", "immutable", "none")
+            await tree.vfs.symlink(ROOT, b"link", b"else/where" * 9, ME)
+        client.resume()
+        async with open_workspace(client, root, state_dir=tmp_path, options=QUICK) as workspace:
+            tree = Tree(client, workspace, vfs := VFS(workspace, options=MountOptions()), Linking(vfs))
+            await workspace.wait()
+            caps = {name: cap_of(target) for name, target in (await tree.names()).items()}
+            assert {name: cap.kind for name, cap in caps.items()} == {
+                "file": "mdmf",
+                "copy": "mdmf",
+                "converted": "sdmf",
+                "immutable": "chk",
+                "link": "chk",
+            }
+            await client.create_node_from_uri(caps["file"]).replace(b"changed")
+            for name in ("copy", "converted", "immutable"):
+                assert await client.fetch(caps[name]) == DATA
 
 
 async def test_links_are_of_the_same_thing(tree: Tree) -> None:
@@ -317,6 +392,9 @@ async def test_requests_name_the_place_that_is_wrong(tree: Tree) -> None:
         with pytest.raises(LinkingError, match=text) as caught:
             await requests.clone(source, to)
         assert caught.value.exit_code == code and "secret" not in str(caught.value)
+    source = {"label": "home:l", "cap": str(LiteralCap(b"l")), "path": []}
+    with pytest.raises(LinkingError, match="mnt/new: no such kind of file"):
+        await requests.clone(source, to, mutable="odd")
     entry = {"label": "home:x", "cap": str(LiteralCap(b"x")), "path": [], "metadata": {"foreign": 1}, "name": "x"}
     await requests.link(entry, {"label": "mnt", "path": []})
     found = await tree.linking.find(["x"])

@@ -30,6 +30,7 @@ from tahoefs.mount_control import MountControl
 from tahoefs.options import MountOptions
 from tahoefs.progress import Progress, human_bytes, human_time, in_words
 from tahoefs.registry import find_mount, registered
+from tahoefs.targets import cap_of
 from tahoefs.vfs import VFS
 from tests.cache.memory_client import MemoryClient, mounted, put
 from tests.grid.peers.loopback import until
@@ -277,6 +278,10 @@ async def test_ln_and_clone_in_a_mount(daemon: Daemon, tmp_path: Path) -> None:
         "3": b"hello",
         "4": b"four",
     }
+    done = await daemon.run("clone", "--mutable", "mdmf", "one", "5", cwd=daemon.where)
+    assert (done.returncode, done.stderr) == (0, b"")
+    await daemon.workspace.wait()
+    assert cap_of(daemon.workspace.root.get("5").target).kind == "mdmf"
     for arguments, code, said in (
         (("clone", "one", "two"), 1, "two: File exists"),
         (("clone", "nothing", "new"), 1, "nothing: no child named 'nothing'"),
