@@ -124,7 +124,7 @@ class ShareFinder:
                     patient.append(now)
                     nursery.start_soon(ask, server)
                 for server, began in asked.items():
-                    if now - began >= late_after:
+                    if now >= began + late_after:
                         self._disappointed = True
                         self._responsiveness.late(server.server_id)
                 if not asked:
