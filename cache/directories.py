@@ -14,6 +14,8 @@ something else stands there, somebody else changed the name:
     add or replace   both stay: ours moves to "NAME (conflict DATE NICKNAME).EXT"
     remove, set      theirs stays, ours is dropped
 
+It knows as well which keys of the metadata were changed here: the others are left as they are on the grid by then.
+
 A Change may have to wait for others (`after`): a name that was moved away goes only once it is linked in its new place.
 """
 
@@ -63,6 +65,7 @@ class Change:
     ancestors: tuple[Cap | None, ...] = field(repr=False)
     target: Target | None = field(default=None, repr=False)  # of a LINK
     metadata: dict[str, Any] | None = None  # of a LINK or METADATA: the whole new metadata
+    keys: frozenset[str] | None = frozenset()  # of it, those that we set or removed; None: not known, so all of them
     after: set[Change] = field(factory=set, repr=False)  # those that must be on the grid before this one is sent
     before: set[Change] = field(factory=set, repr=False)  # the reverse: those that have this one in `after`
     waiting: set[Change] = field(factory=set, repr=False)  # those found waiting for this one
@@ -129,6 +132,7 @@ class Change:
             "ancestors": [None if each is None else cap_to_json(each) for each in self.ancestors],
             "target": target,
             "metadata": self.metadata,
+            "keys": None if self.keys is None else sorted(self.keys),
             "after": [number_of(each) for each in self.after if not each.done],
             "sent": self.sent,
         }
@@ -158,13 +162,20 @@ class Change:
         if self.kind is Kind.METADATA:
             if old is None or not self.accepts(there):
                 return old, False
-            return old.changed(metadata=update_metadata(old.metadata, self.metadata, self.when)), True
+            return old.changed(metadata=self.metadata_over(old.metadata)), True
         wanted = self.cap
         assert wanted is not None, "only ready changes are sent"
         if old is not None and not self.accepts(there):
             return old, False
-        metadata = update_metadata(None if old is None else old.metadata, self.metadata, self.when)
-        return DirEntry(self.name, wanted, metadata), True
+        return DirEntry(self.name, wanted, self.metadata_over(None if old is None else old.metadata)), True
+
+    def metadata_over(self, old: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Of a LINK or METADATA: what the name has then, given what it has now (None: there is no such name)."""
+        ours = self.metadata
+        if old is not None and ours is not None and self.keys is not None:
+            theirs = {key: value for key, value in old.items() if key not in self.keys}
+            ours = theirs | {key: value for key, value in ours.items() if key in self.keys}
+        return update_metadata(old, ours, self.when)
 
 
 class Directory:
@@ -252,10 +263,10 @@ class Directory:
         if change.kind is Kind.LINK:
             assert change.target is not None
             old = None if below is None else below.metadata
-            return Entry(change.name, change.target, update_metadata(old, change.metadata, change.when))
+            return Entry(change.name, change.target, change.metadata_over(old))
         if below is None:
             return None
-        return Entry(change.name, below.target, update_metadata(below.metadata, change.metadata, change.when))
+        return Entry(change.name, below.target, change.metadata_over(below.metadata))
 
     # --- changing; each returns (the new change or None if nothing is left to do, the one it takes the place of)
 
@@ -270,7 +281,8 @@ class Directory:
         after: set[Change] | None = None,
     ) -> tuple[Change, Change | None]:
         change = self._successor(name, Kind.LINK, position, when)
-        change.target, change.metadata = target, metadata
+        change.target = target
+        self._note(change, metadata)
         change.wait_for(after or ())
         if all(ancestor is None for ancestor in change.ancestors):
             change.wait_for_nothing()  # nothing on the grid is lost by it
@@ -293,8 +305,17 @@ class Directory:
         linked = old is not None and old.kind is Kind.LINK
         change = self._successor(name, Kind.LINK if linked else Kind.METADATA, position, when)
         change.target = old.target if old is not None and linked else None
-        change.metadata = metadata
+        self._note(change, metadata)
         return change, self._lay(change)
+
+    def _note(self, change: Change, metadata: dict[str, Any]) -> None:
+        """Keys that are as we last saw them on the grid are not ours, unless an earlier change of ours had them."""
+        change.metadata = metadata
+        if change.keys is not None:
+            below = self._entry_of_base(change.name)
+            seen = {} if below is None else below.metadata
+            differ = {key for key in seen.keys() | metadata.keys() if not _same(seen, metadata, key)}
+            change.keys |= differ - {"tahoe"}  # that part is never ours
 
     def _successor(self, name: str, kind: Kind, position: int, when: float) -> Change:
         old = self.changes.get(name)
@@ -304,7 +325,7 @@ class Directory:
         ancestors = old.ancestors
         if old.sent and old.kind is not Kind.METADATA:
             ancestors = (*ancestors, old.cap)
-        change = Change(self, name, kind, min(position, old.position), when, ancestors)
+        change = Change(self, name, kind, min(position, old.position), when, ancestors, keys=old.keys)
         change.wait_for(old.after)
         return change
 
@@ -387,6 +408,10 @@ def cap_of(target: Target) -> Cap | None:
 
 def target_is_directory(target: Target) -> bool:
     return isinstance(target, Directory | DirectoryCap)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    return (key in one) == (key in other) and one.get(key) == other.get(key)
 
 
 def same_thing(a: Cap | None, b: Cap | None) -> bool:

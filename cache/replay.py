@@ -2,8 +2,8 @@
 
     {"is": "file", "number", "key", "size", "spans", "base", "base_stop", "depth", "synced", "data" | "digest"}
     {"is": "file", "cap"}                            stored since: only what is laid over it needs to know
-    {"is": "change", "in", "path", "name", "kind", "position", "when", "ancestors", "target", "metadata", "after",
-     "sent"}
+    {"is": "change", "in", "path", "name", "kind", "position", "when", "ancestors", "target", "metadata", "keys",
+     "after", "sent"}
     {"is": "replacement", "cap", "file", "position"}
 
     base         null, {"cap"}, {"file": id}         in       {"cap"}, {"new": id}
@@ -164,6 +164,7 @@ class Replay:
         change = Change(directory, row["name"], Kind(row["kind"]), row["position"], row["when"], ancestors)
         change.target = self._target(row["target"], directory, row["name"])
         change.metadata = row["metadata"]
+        change.keys = None if (keys := row.get("keys")) is None else frozenset(keys)  # older journals have none
         change.sent = row["sent"]
         change.id = number
         if change.kind is Kind.LINK and change.target is None:

@@ -94,6 +94,13 @@ def changed(metadata: Mapping[str, Any], *, now_ns: int, **changes: Any) -> dict
     return result
 
 
+def beside(own: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Our part of `own`, and what other programs have noted in `others`: metadata that was kept back meets newer."""
+    ours = (KEY, "no-write")
+    theirs = {key: value for key, value in others.items() if key not in ours}
+    return theirs | {key: own[key] for key in ours if key in own}
+
+
 def with_mode(metadata: Mapping[str, Any], mode: int, *, now_ns: int, tell_others: bool) -> dict[str, Any]:
     """New permission bits. `tell_others`: also in the key that Tahoe's own SFTP front end goes by.
 

@@ -12,6 +12,8 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from grid.errors import GridError
 from tahoefs import metadata as edge
@@ -198,6 +200,15 @@ class FileOperations(AttributeOperations):
                         return await self._store_locked(inode, opened, link, folder)
         return None
 
+    def _draft_of(self, inode: Inode, folder: Folder, link: Link) -> Mapping[str, Any]:
+        """The metadata to store: its draft is as old as the first write, and other clients may have noted something."""
+        if inode.draft is None:
+            return inode.metadata
+        entry = None if inode.is_nascent or inode.link is not link else folder.directory.get(link.name)
+        if entry is None or not same_contents(inode.target, entry.target):
+            return inode.draft
+        return edge.beside(inode.draft, entry.metadata)
+
     def _lost_link(self, inode: Inode) -> Link | None:
         """The name it had, unless that was in a directory which is gone as well."""
         above = inode.lost.parent if inode.lost is not None else None
@@ -210,7 +221,7 @@ class FileOperations(AttributeOperations):
         mutable = is_mutable_file(target)
         now_ns = time.time_ns()
         metadata = edge.changed(
-            inode.metadata if inode.draft is None else inode.draft,
+            self._draft_of(inode, folder, link),
             now_ns=now_ns,
             mtime_ns=now_ns if opened.written_ns is None else opened.written_ns,
             size=None if mutable else contents.size,

@@ -109,6 +109,30 @@ def test_what_was_sent_must_be_removed_again() -> None:
     assert removal.apply(theirs) == (theirs, False)
 
 
+def test_keys_that_we_left_alone_are_as_others_set_them() -> None:
+    """Also after a change that may have arrived or not, and one that was written over what is there."""
+    base = {"kept": 1, "removed": 1, "ours": 1, "tahoe": {"linkcrtime": 5.0}}
+    theirs = {"kept": 2, "removed": 2, "ours": 2, "new": 2, "tahoe": {"linkcrtime": 5.0, "linkmotime": 6.0}}
+    ours = Directory(ROOT)
+    ours.rebase(ROOT, b"1", {name: DirEntry(name, lit(b"1"), base) for name in "ab"}, 0.0)
+    wanted = {"kept": 1, "ours": 3}
+    merged = {"kept": 2, "ours": 3, "new": 2, "tahoe": {"linkcrtime": 5.0, "linkmotime": 9.0}}
+    for change in (ours.describe("a", wanted, 1, 9.0)[0], ours.put("b", lit(b"2"), wanted, 2, 9.0)[0]):
+        new, done = change.apply(DirEntry(change.name, lit(b"1"), theirs))
+        assert done and new is not None and new.metadata == merged
+        change.sent = True
+        back, _ = ours.describe(change.name, {"kept": 1, "removed": 1, "ours": 1}, 4, 9.0)
+        again, _ = back.apply(new)  # ours is 3 there by our own doing
+        assert again is not None and {key: again.metadata.get(key) for key in base if key != "tahoe"} == {
+            "kept": 2,
+            "removed": 1,
+            "ours": 1,
+        }
+    ours.rebase(ROOT, b"2", {name: DirEntry(name, lit(b"1"), theirs) for name in "ab"}, 0.0)
+    shown = ours.get("a")
+    assert shown is not None and (shown.metadata["kept"], shown.metadata["new"], shown.metadata["ours"]) == (2, 2, 1)
+
+
 def test_a_snapshot_of_the_view_stays_as_it_is() -> None:
     ours = directory(a=b"1")
     before = ours.entries()

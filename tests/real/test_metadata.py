@@ -207,6 +207,40 @@ def test_what_another_client_notes_meanwhile_stays(real_grid: TahoeGrid, root_ca
     assert metadata["tahoe"]["linkmotime"] > noted["tahoe"]["linkmotime"]
 
 
+@pytest.mark.parametrize("change", ["chmod", "rewrite"])
+def test_what_another_client_noted_unseen_stays(
+    real_grid: TahoeGrid, root_cap: str, mounted: Mounter, change: str
+) -> None:
+    """The same, before this mount could know; what both changed is as we changed it."""
+    cap = real_grid.put_at(root_cap, "file", CONTENTS)
+    with mounted(root_cap, "poll=300") as mount:
+        (mount.path / "file").chmod(0o600)
+        mount.sync()
+        theirs = {"colour": "blue", "tahoefs": {"mode": 0o644}}
+        real_grid.set_children(root_cap, {"file": ["filenode", {"ro_uri": cap, "metadata": theirs}]})
+        (OF_ATTRIBUTES | OF_CONTENTS)[change](mount.path / "file")
+        mount.sync()
+        metadata = real_grid.json(root_cap, "file")[1]["metadata"]
+    assert metadata["colour"] == "blue"
+    assert metadata["tahoefs"]["mode"] == (0o640 if change == "chmod" else 0o600)
+
+
+def test_what_another_client_notes_of_an_open_file_stays(real_grid: TahoeGrid, root_cap: str, mounted: Mounter) -> None:
+    """It is stored when it is closed, with what was noted since it was first written to."""
+    cap = real_grid.put_at(root_cap, "file", CONTENTS)
+    with mounted(root_cap, "poll=1") as mount:
+        with (mount.path / "file").open("ab", buffering=0) as file:
+            file.write(b"more")
+            os.fchmod(file.fileno(), 0o600)
+            child = ["filenode", {"ro_uri": cap, "metadata": {"colour": "blue"}}]
+            real_grid.set_children(root_cap, {"file": child, "seen": child})
+            wait_until(lambda: "seen" in os.listdir(mount.path), "their change to be seen here", 30)
+        mount.sync()
+        metadata = real_grid.json(root_cap, "file")[1]["metadata"]
+        assert real_grid.get(root_cap, "file") == CONTENTS + b"more"
+    assert (metadata["colour"], metadata["tahoefs"]["mode"]) == ("blue", 0o600)
+
+
 # --- anything, in any order --------------------------------------------------------------------------------------
 
 

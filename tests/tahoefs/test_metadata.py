@@ -49,6 +49,13 @@ def test_a_change_keeps_what_is_others(metadata: dict[str, Any]) -> None:
     assert (changed["tahoefs"]["mode"], changed["tahoefs"]["ctime_ns"]) == (0o640, 7)
 
 
+def test_metadata_that_was_kept_back_meets_what_others_noted_since() -> None:
+    kept = {"old": 1, "no-write": True, "tahoefs": {"mode": 0o444}}
+    newer = {"new": 2, "tahoefs": {"mode": 0o644}, "tahoe": {"linkmotime": 5}}
+    assert edge.beside(kept, newer) == newer | {"no-write": True, "tahoefs": {"mode": 0o444}}
+    assert edge.beside({}, kept) == {"old": 1}
+
+
 @given(st.dictionaries(st.text(max_size=20), st.binary(max_size=100), max_size=4))
 def test_extended_attributes_survive_json(values: dict[str, bytes]) -> None:
     stored = json.loads(json.dumps(edge.with_xattrs({"k": 1}, values, now_ns=1)))
