@@ -413,12 +413,14 @@ async def test_nothing_in_the_journal_can_be_read_without_the_cap(tmp_path: Path
 async def test_a_full_disk_is_told_and_what_was_done_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with machine(tmp_path) as here, here.process(SLOW) as workspace:
         store: Any = workspace._journal._store
-        store._database.execute("PRAGMA max_page_count = 1")  # SQLite says so as for a full disk
-        await put(workspace, workspace.root, "file", DATA)
+        store._database.execute("PRAGMA max_page_count = 1")  # no larger than it is: SQLite says so as for a full disk
+        here.client.pause()  # what is sent makes room
+        await put(workspace, workspace.root, "file", DATA * 7)
         with pytest.raises(GridError, match="full"):
             await workspace.persist()
         with pytest.raises(GridError, match="full"):
             await put(workspace, workspace.root, "another", DATA)
+        here.client.resume()
         await workspace.wait()  # it is on the grid all the same
         assert set(await here.client.listing(here.root)) == {"file"}
         store._database.execute("PRAGMA max_page_count = 1000000")
