@@ -34,7 +34,7 @@ def fails_at_once(path: Path) -> None:
 def test_the_grid_goes_and_comes_back(real_grid: TahoeGrid, root_cap: str, mounted: Mounter, node_dir: Path) -> None:
     """Written here, read here, by this mount or an earlier one: all of it can be read without any server."""
     tree = {"a/small": content(5000, 51), "a/b/large": content(1_500_000, 52), "text": MARKER * 50, "tiny": b"tiny"}
-    real_grid.put_at(root_cap, "unread", content(200_000, 53))
+    real_grid.put_at(root_cap, "unread", content(200_530, 53))
     seen = {"read": content(200_000, 54), "mutable": content(3000, 55)}
     real_grid.put_at(root_cap, "read", seen["read"])
     real_grid.put_at(root_cap, "mutable", seen["mutable"], "SDMF")
@@ -57,7 +57,7 @@ def test_the_grid_goes_and_comes_back(real_grid: TahoeGrid, root_cap: str, mount
                 fails_at_once(another.path / "unread")
                 tahoefs("umount", another.path)
         wait_until(lambda: state(mount) == "online", "the mount to come back", 90)
-        assert (mount.path / "unread").read_bytes() == content(200_000, 53)
+        assert (mount.path / "unread").read_bytes() == content(200_530, 53)
         mount.sync()
     assert real_grid.get(root_cap, "written") == b"while it was away" * 1000
     nothing_readable(node_dir / "tahoefs")
@@ -85,14 +85,14 @@ def nothing_readable(path: Path) -> None:
 def test_servers_that_hang_are_gone_too(real_grid: TahoeGrid, root_cap: str, mounted: Mounter) -> None:
     """SIGSTOP: every connection stays up. A reader waits once, until it is clear that nobody answers."""
     for number in range(3):
-        real_grid.put_at(root_cap, f"unread{number}", content(100_000, 60 + number))
+        real_grid.put_at(root_cap, f"unread{number}", content(100_600, 60 + number))
     real_grid.put_at(root_cap, "read", content(100_000, 64))
     with mounted(root_cap, "poll=0.5") as mount:
         assert (mount.path / "read").read_bytes() == content(100_000, 64)
         with real_grid.hung(range(10)):
             with pytest.raises(OSError, match="Input/output error"):
                 (mount.path / "unread0").read_bytes()
-            assert state(mount) == "offline"
+            wait_until(lambda: state(mount) == "offline", "the mount to notice", 30)
             fails_at_once(mount.path / "unread1")
             read_all(mount, {"read": content(100_000, 64)})
         wait_until(lambda: state(mount) == "online", "the mount to come back", 90)
