@@ -16,7 +16,6 @@ was lost takes those with it that make no sense without it, and nothing else. Do
 from __future__ import annotations
 
 import base64
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -34,8 +33,6 @@ from cache.spans import Spans
 from cache.spool import Spool
 from grid.errors import FormatError
 from grid.formats.caps import Cap
-
-log = logging.getLogger(__name__)
 
 Opener: TypeAlias = Callable[[Cap], Awaitable[Contents]]
 _MALFORMED: Final = (FormatError, KeyError, TypeError, ValueError, OSError)

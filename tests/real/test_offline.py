@@ -15,7 +15,7 @@ from tests.real.tahoe_grid import TahoeGrid, wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.mount]
 
-FAIL_S = 8.0  # a second is promised; here only that no deadline (10 s, 30 s) was waited for
+FAIL_S = 1.0  # promised, once it is known that the grid is offline
 MARKER = b"a line that must not be found on the disk\n"
 
 
@@ -69,7 +69,7 @@ def read_all(mount: Mount, tree: dict[str, bytes]) -> None:
     assert all(Path(name).name in listing for name in tree)
     for name, data in tree.items():
         assert (mount.path / name).read_bytes() == data, name
-    assert time.monotonic() - started < 8  # no deadline was waited for
+    assert time.monotonic() - started < 5  # no deadline was waited for
 
 
 def nothing_readable(path: Path) -> None:
@@ -92,7 +92,7 @@ def test_servers_that_hang_are_gone_too(real_grid: TahoeGrid, root_cap: str, mou
         with real_grid.hung(range(10)):
             with pytest.raises(OSError, match="Input/output error"):
                 (mount.path / "unread0").read_bytes()
-            wait_until(lambda: state(mount) == "offline", "the mount to notice", 30)
+            assert state(mount) == "offline"
             fails_at_once(mount.path / "unread1")
             read_all(mount, {"read": content(100_000, 64)})
         wait_until(lambda: state(mount) == "online", "the mount to come back", 90)
