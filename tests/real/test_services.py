@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,33 +124,39 @@ def test_a_mounts_statistics(real_grid: TahoeGrid, root_cap: str, mounted: Mount
     assert errors["ENOTEMPTY"] == 1 and value["tahoefs_mount_publishes"] >= 1
 
 
-def test_a_gatherer_hears_of_a_node(real_grid: TahoeGrid, tmp_path: Path) -> None:
-    """Both run by `tahoefs run`: the node's numbers come into the gatherer's history, and out of it again."""
-    gatherer, server = tmp_path / "gatherer", tmp_path / "server"
-    ports = [f"tcp:{port}:interface=127.0.0.1" for port in free_ports(2)]
-    tahoefs("create-stats-gatherer", gatherer, "--port", ports[0])
-    tahoefs(
-        "create-storage", server, "--port", ports[1], "--introducer", real_grid.introducer_furl, "--nickname", "told"
-    )
-    processes = []
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[str]:
+    """`tahoefs run` on it; gives the line that says that it is ready."""
+    process = subprocess.Popen([*OUR_PROGRAM, directory], stdout=subprocess.PIPE, text=True)
     try:
-        for directory in (gatherer, server):
-            process = subprocess.Popen([*OUR_PROGRAM, directory], stdout=subprocess.PIPE, text=True)
-            processes.append(process)
-            assert process.stdout is not None
-            ready = process.stdout.readline()
-            assert "ready" in ready
-            if directory == gatherer:
-                assert "stats-gatherer" in ready
-                furl = (gatherer / "private" / "stats_gatherer.furl").read_text()
-                (server / "stats_gatherer.furl").write_text(furl)
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        assert "ready" in ready
+        yield ready
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_gatherer_hears_of_a_node(tmp_path: Path) -> None:
+    """Run by `tahoefs run`: the node's numbers come into the gatherer's history, and out of it again.
+
+    They have an introducer of their own: the grid's would announce this server for as long as it runs.
+    """
+    introducer, gatherer, server = tmp_path / "introducer", tmp_path / "gatherer", tmp_path / "server"
+    ports = [f"tcp:{port}:interface=127.0.0.1" for port in free_ports(3)]
+    tahoefs("create-introducer", introducer, "--port", ports[0])
+    tahoefs("create-stats-gatherer", gatherer, "--port", ports[1])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running(introducer))
+        assert "stats-gatherer" in stack.enter_context(running(gatherer))
+        introducer_furl = (introducer / "private" / "introducer.furl").read_text().strip()
+        tahoefs("create-storage", server, "--port", ports[2], "--introducer", introducer_furl, "--nickname", "told")
+        (server / "stats_gatherer.furl").write_text((gatherer / "private" / "stats_gatherer.furl").read_text())
+        stack.enter_context(running(server))
         wait_until(lambda: last_polls(gatherer), "the first poll after the node came", 120)
         assert "told" in tahoefs("stats", "--gathered", gatherer).stdout
         (node,) = json.loads(tahoefs("stats", "--gathered", gatherer, "--json").stdout).values()
         assert node["nickname"] == "told" and node["stats"]["stats"]["storage_available_bytes"] > 0
         assert node["stats"]["counters"]["process_cpu_seconds"] > 0
         assert "storage_available_bytes" in tahoefs("stats", server).stdout
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
