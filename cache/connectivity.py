@@ -3,6 +3,9 @@
     fewer servers connected than a file needs shares (k, or all servers if there are fewer), for LOST_S;
     or so few that answer: a server that is silent to what it was asked (`grid/peers/pulse.py`) counts for SILENT_S
 
+Nobody knows of a server that was asked nothing. So when as many as a file needs are silent, all others are asked for a
+sign of life, at most every HURRY_S: a grid that hangs as a whole is offline before all were tried in vain.
+
 Whoever needs the grid goes through `reach`, which fails at once while it is offline, and fails what is under way when
 it goes offline, so that nobody waits for deadline after deadline. It comes back by itself; each call that found it
 offline has the broker dial anew, at most every HURRY_S.
@@ -41,6 +44,7 @@ class Connectivity:
         self._few_since = math.inf  # trio's clock, as all times here
         self._silent_since = math.inf
         self._hurried_at = -math.inf
+        self._looked_at = -math.inf
         self._scopes: set[trio.CancelScope] = set()
         self.offline = False
 
@@ -62,6 +66,9 @@ class Connectivity:
         answering = sum(server.connected and server.responsive for server in servers)
         self._few_since = min(self._few_since, now) if connected < needed else math.inf
         self._silent_since = min(self._silent_since, now) if answering < needed else math.inf
+        if connected - answering >= needed and now >= self._looked_at + HURRY_S:
+            self._looked_at = now
+            self._broker.look_for_life()
         offline = now >= min(self._few_since + LOST_S, self._silent_since + SILENT_S)
         if offline and not self.offline:
             log.warning("offline: %d of %d servers are connected, %d answer", connected, len(servers), answering)

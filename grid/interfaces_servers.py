@@ -168,6 +168,9 @@ class IStorageBroker(Protocol):
     def retry_now(self) -> None:
         """Dial the servers that are away at once, not when their pauses are over: somebody needs them."""
 
+    def look_for_life(self) -> None:
+        """Ask the connected servers that nobody waits for whether they still answer: `responsive` tells soon."""
+
 
 class IIntroducerClient(Protocol):
     """The link to one introducer: what it announces.

@@ -288,6 +288,7 @@ class MemoryBroker:
         self.servers = list(servers)
         self.forbidden: set[str] = set()
         self.hurried = 0  # times retry_now() was called
+        self.looked = 0  # times look_for_life() was called
 
     def get_permuted_servers(self, storage_index: bytes) -> list[IStorageServer]:
         order = sorted(self.servers, key=lambda server: hashlib.sha1(storage_index + server.permutation_seed).digest())
@@ -301,6 +302,9 @@ class MemoryBroker:
 
     def retry_now(self) -> None:
         self.hurried += 1
+
+    def look_for_life(self) -> None:
+        self.looked += 1
 
     async def wait_for_servers(self, count: int, timeout_s: float) -> int:
         await trio.lowlevel.checkpoint()

@@ -93,6 +93,11 @@ class AnnouncedServer(Generic[_Connection]):
         if self._connection is not None:
             self._connection.pulse.doubt()
 
+    def wonder(self) -> None:
+        """Other servers are silent: have this one give a sign of life, if it is not awaited anyway."""
+        if self._connection is not None:
+            self._connection.pulse.wonder()
+
     def _connected(self) -> _Connection:
         if self._connection is None:
             raise ConnectionLostError(f"not connected to server {self.name}")

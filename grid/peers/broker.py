@@ -138,6 +138,10 @@ class StorageBroker:
     def retry_now(self) -> None:
         self._reconnector.reset_all()
 
+    def look_for_life(self) -> None:
+        for server in self._servers.values():
+            server.wonder()
+
     def add_announcement(self, announcement: Announcement) -> None:
         """Take over a server that was announced, again or for the first time. Static servers stay as they are."""
         server_id = announcement.server_id

@@ -39,6 +39,7 @@ class Pulse:
         self._bytes_moving = 0  # to or from the server, in calls that were not answered yet
         self._asked = trio.Event()
         self._doubted = False
+        self._wondered = False
         self._round = trio.CancelScope()  # of watch(), which starts over when it is cancelled
 
     @property
@@ -116,6 +117,12 @@ class Pulse:
         self._doubted = True
         self._round.cancel()
 
+    def wonder(self) -> None:
+        """Others are silent: ask this one for a sign of life too, unless an answer of it is awaited anyway."""
+        if self._silent_since is None:
+            self._wondered = True
+            self._asked.set()
+
     async def _prove_alive(self, probe: Callable[[], Awaitable[None]]) -> None:
         with trio.move_on_after(DOUBT_TIMEOUT_S) as scope:
             await self._probe(probe)
@@ -125,9 +132,10 @@ class Pulse:
     async def _watch_once(self, probe: Callable[[], Awaitable[None]]) -> None:
         if self._silent_since is None:
             self._asked = trio.Event()
-            with trio.move_on_after(REFRESH_S) as idle:
+            with trio.move_on_after(0 if self._wondered else REFRESH_S) as idle:
                 await self._asked.wait()
-            if idle.cancelled_caught:
+            if idle.cancelled_caught or self._wondered:
+                self._wondered = False
                 await self._probe(probe)
             return
         await trio.sleep_until(self._silent_since + self._patience_s)

@@ -65,6 +65,20 @@ async def test_silent_servers_count_later(autojump_clock: trio.testing.MockClock
         assert not connectivity.offline
 
 
+async def test_when_as_many_as_are_needed_are_silent_the_others_are_asked(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with _watched() as (broker, _):
+        broker.servers[0].pause()
+        await trio.sleep(20)
+        assert broker.looked == 0
+        broker.servers[1].pause()
+        await trio.sleep(1)
+        assert broker.looked == 1
+        await trio.sleep(HURRY_S)
+        assert broker.looked == 2
+
+
 async def test_a_grid_of_fewer_servers_than_k_can_be_online(autojump_clock: trio.testing.MockClock) -> None:
     async with _watched(needed=7) as (broker, connectivity):
         await trio.sleep(60)

@@ -38,6 +38,33 @@ class Server:
             raise PeerTimeoutError("late")
 
 
+async def test_an_idle_server_that_hangs_is_found_out_when_somebody_wonders(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    pulse = Pulse()
+    server = Server(pulse)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pulse.watch, server.probe)
+        for _ in range(2):  # it lives
+            pulse.wonder()
+            await trio.sleep(SUSPECT_AFTER_S + 1)
+            assert pulse.responsive
+        assert server.probes == 2
+        server.hang()
+        await trio.sleep(10)
+        assert pulse.responsive  # nobody can know
+        pulse.wonder()
+        await trio.sleep(SUSPECT_AFTER_S + 0.1)
+        assert not pulse.responsive
+        pulse.wonder()  # an answer is awaited already
+        server.awake.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert pulse.responsive
+        await trio.sleep(10)
+        assert server.probes <= 4
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_silent_server_is_suspect_and_recovers_by_itself(autojump_clock: trio.testing.MockClock) -> None:
     pulse = Pulse()
     server = Server(pulse)
