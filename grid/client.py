@@ -78,6 +78,7 @@ class GridClient:
             keys,
             k=node.encoding.k,
             n=node.encoding.n,
+            happy=node.encoding.happy,
             convergence=node.convergence,
             mutable_format=node.mutable_format,
         )

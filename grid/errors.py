@@ -148,7 +148,7 @@ class NotEnoughSharesError(GridError):
 
 @define
 class NotEnoughServersError(GridError):
-    """Shares could be spread over too few servers (happiness not reached), so nothing was stored.
+    """Shares could be spread over too few servers (happiness not reached), so it does not count as stored.
 
     `refused_for_space` is true when servers that answered had no room: the mount then says ENOSPC.
     """

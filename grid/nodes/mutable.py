@@ -227,11 +227,17 @@ class MutableFileNode(MutableFileReader):
 
     async def _try(self, make: Make, attempt: _Attempt, failed: set[bytes]) -> MutableVersion | None:
         """The new version; None if there is nothing to change."""
-        must = bool(failed)
+        must = bool(failed) or self._fragile(attempt)
         new = await make(attempt.version, must)
         if isinstance(new, Changes):
             return await self._apply(new, attempt.version, failed, must=must)
         return None if new is None else await self._publish_whole(new, attempt.version, failed)
+
+    def _fragile(self, attempt: _Attempt) -> bool:
+        """Whether the newest version is on fewer servers than it should be: its publish may have been cut short."""
+        header = attempt.version.header
+        wanted = min(self._access.happy, header.n)
+        return not attempt.remembered and attempt.servermap.happiness_of(header) < wanted
 
     async def _publish_whole(self, data: bytes, version: MutableVersion, failed: set[bytes]) -> MutableVersion:
         header, servermap = version.header, version.servermap
@@ -302,7 +308,8 @@ class MutableFileNode(MutableFileReader):
         assert self._keys is not None
         self._map = None  # of unknown worth until the publish is done, also if that is cancelled
         try:
-            placed = await publish(self._access.broker, self._access.secrets, self._keys, new, servermap)
+            access = self._access
+            placed = await publish(access.broker, access.secrets, self._keys, new, servermap, happy=access.happy)
         except UncoordinatedWriteError:
             if failed is not None:
                 failed.add(version_of(new.header))

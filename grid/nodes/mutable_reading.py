@@ -47,6 +47,7 @@ class MutableAccess:
     k: int  # of new files; files keep what they have
     n: int = field(converter=_at_most_max)
     random_bytes: Callable[[int], bytes] = os.urandom
+    happy: int = 1  # servers that must hold a share of their own before a version counts as published
 
 
 class MutableFileReader:

@@ -83,13 +83,14 @@ class NodeMaker:
         *,
         k: int,
         n: int,
+        happy: int = 1,
         convergence: bytes | None,
         mutable_format: MutableFormat = "sdmf",
     ) -> None:
         self.uploader = uploader
         self._broker = broker
         self._keys = keys
-        self._access = MutableAccess(broker, secrets, k, n)
+        self._access = MutableAccess(broker, secrets, k, n, happy=happy)
         self._convergence = convergence
         self._mutable_format = mutable_format
         self._nodes: WeakValueDictionary[Cap, Any] = WeakValueDictionary()

@@ -5,7 +5,8 @@
 Every known share is replaced where it is; share numbers with no place yet go to the allowed servers with the
 fewest shares, in permuted order. A test that fails, or a share nobody expected, means another writer: the
 publish fails as a whole, though some servers may already hold the new version. A server that merely fails
-is done without; its shares go elsewhere. At least k distinct shares must be placed.
+is done without; its shares go elsewhere. At least k distinct shares must be placed, on as many servers as a file's:
+a version that few servers hold could be lost with them, and readers who ask others would still see the one before.
 
 A version that changes shares in place (MDMF) goes to the shares of its base version and to no others: what a share
 lacks of the base it cannot get this way. Those are left behind, at an older version.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import trio
@@ -39,7 +40,7 @@ from grid.operations.keys import MutableKeys
 from grid.operations.leases import Secrets
 from grid.operations.mutable_encode import NewVersion
 from grid.operations.responsiveness import responsiveness_of
-from grid.operations.servermap import KNOWN_LATE, ServerMap, ShareKey
+from grid.operations.servermap import KNOWN_LATE, ServerMap, ShareKey, happiness_of
 from grid.operations.slot_share import FoundShare
 
 log = logging.getLogger(__name__)
@@ -69,14 +70,21 @@ class _Call:
 
 
 async def publish(
-    broker: IStorageBroker, secrets: Secrets, keys: MutableKeys, version: NewVersion, servermap: ServerMap | None
+    broker: IStorageBroker,
+    secrets: Secrets,
+    keys: MutableKeys,
+    version: NewVersion,
+    servermap: ServerMap | None,
+    *,
+    happy: int,
 ) -> ServerMap:
     """Put `version` on the servers; return the map of what was placed.
 
-    `servermap` None is for a file that never existed: its slots are empty, so nobody need be asked. Raises
-    UncoordinatedWriteError, NotEnoughServersError.
+    `servermap` None is for a file that never existed: its slots are empty, so nobody need be asked. `happy` servers (n,
+    if that is less) must each get a share of their own. Raises UncoordinatedWriteError; and NotEnoughServersError, as
+    a rule before anything was written. When servers fail meanwhile some hold the version: it must be published anew.
     """
-    publisher = _Publisher(broker, secrets, keys, servermap or ServerMap(), version)
+    publisher = _Publisher(broker, secrets, keys, servermap or ServerMap(), version, happy)
     began = trio.current_time()
     try:
         await publisher.run()
@@ -98,12 +106,14 @@ class _Publisher:
         keys: MutableKeys,
         servermap: ServerMap,
         version: NewVersion,
+        happy: int,
     ) -> None:
         self._broker = broker
         self._secrets = secrets
         self._keys = keys
         self._map = servermap
         self._version = version
+        self._happy = min(happy, version.header.n)
         self._storage_index = keys.storage_index
         self._checkstring = version.header.checkstring
         self._placed: dict[ShareKey, IStorageServer] = {}
@@ -113,9 +123,11 @@ class _Publisher:
 
     async def run(self) -> None:
         targets = self._known_places()
-        for _ in range(PLACEMENT_ROUNDS):
+        for turn in range(PLACEMENT_ROUNDS):
             if self._version.base is None:
                 self._place_homeless(targets)
+            if not turn:
+                self._check_happy(key for key, (server, _) in targets.items() if server.connected)
             if not targets:
                 break
             await self._send(targets)
@@ -173,7 +185,7 @@ class _Publisher:
             and server.server_id not in self._map.failures
         ]
         prompt = [server for server in servers if not self._responsiveness.is_late(server.server_id)]
-        if len(prompt) >= self._version.header.k:
+        if len(prompt) >= max(self._happy, self._version.header.k):
             servers = prompt
         servers.sort(key=lambda server: loads[server.server_id])  # stable: permuted order among equals
         occupied = {*self._map.incompatible, *targets, *self._placed}
@@ -264,16 +276,24 @@ class _Publisher:
 
     def _check_enough(self) -> None:
         reached = len({number for _, number in self._placed})
-        k = self._version.header.k
-        if reached < k:
-            raise NotEnoughServersError(
-                happy=k,
-                reached=reached,
-                connected=len(self._broker.get_permuted_servers(self._storage_index)),
-                refused_for_space=any(map(refused_for_space, self._failures.values())),
-            )
+        if reached < self._version.header.k:
+            raise self._not_enough(self._version.header.k, reached)
+        self._check_happy(self._placed)
         if reached < self._version.header.n:
             log.warning("publish placed %d of %d shares", reached, self._version.header.n)
+
+    def _check_happy(self, places: Iterable[ShareKey]) -> None:
+        reached = happiness_of(places)
+        if reached < self._happy:
+            raise self._not_enough(self._happy, reached)
+
+    def _not_enough(self, wanted: int, reached: int) -> NotEnoughServersError:
+        return NotEnoughServersError(
+            happy=wanted,
+            reached=reached,
+            connected=len(self._broker.get_permuted_servers(self._storage_index)),
+            refused_for_space=any(map(refused_for_space, self._failures.values())),
+        )
 
 
 def _group(targets: Targets) -> list[_Call]:

@@ -35,6 +35,7 @@ from grid.formats import caps
 from grid.formats.mutable_share import MutableHeader
 from grid.interfaces import IStorageBroker, IStorageServer
 from grid.operations.corruption import CorruptionReports, reports_of
+from grid.operations.happiness import happiness
 from grid.operations.keys import MutableKeys
 from grid.operations.responsiveness import responsiveness_of
 from grid.operations.slot_share import FoundShare, ShareVerifier, open_share
@@ -117,6 +118,9 @@ class ServerMap:
     def best(self) -> MutableHeader | None:
         return next(iter(self.recoverable()), None)
 
+    def happiness_of(self, header: MutableHeader) -> int:
+        return happiness_of(key for key, s in self.shares.items() if s.header.version_key == header.version_key)
+
     def shares_of(self, header: MutableHeader) -> list[FoundShare]:
         return [share for share in self.shares.values() if share.header.version_key == header.version_key]
 
@@ -155,6 +159,14 @@ class ServerMap:
         if self.shares.get(key) is share:
             del self.shares[key]
             self.bad[key] = BadShare(share.server, share.number, bytes(share.head[:SPECIMEN_BYTES]), error)
+
+
+def happiness_of(places: Iterable[ShareKey]) -> int:
+    """On how many servers a share of their own can be counted."""
+    sharemap: dict[int, set[str]] = defaultdict(set)
+    for server_id, number in places:
+        sharemap[number].add(server_id)
+    return happiness(sharemap)
 
 
 def _rank(header: MutableHeader) -> tuple[int, bytes]:

@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from grid.errors import NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
+from grid.errors import NotEnoughServersError, NotEnoughSharesError, NotWriteableError, UncoordinatedWriteError
 from grid.nodes.mutable import MAP_FRESH_S, MutableFileNode
 from grid.operations.mutable_encode import encode_sdmf
 from tests.grid.operations import mutable_grid as grid
@@ -94,6 +94,24 @@ async def test_no_change_is_not_published() -> None:
     calls(broker)
     assert await node.modify(lambda old: old) == b"a"
     assert calls(broker) == {"slot_readv": 10}  # it looked, rather than go by memory
+
+
+async def test_a_version_that_reached_too_few_servers_is_published_again() -> None:
+    """Also by who has nothing to change, and knows nothing of the publish that was cut short."""
+    broker = MemoryBroker(10)
+    await grid.created(broker, b"one")
+    lost = grid.permuted(broker)[6:]
+    for server in lost:
+        server.fail_on.add("slot_writev")
+    with pytest.raises(NotEnoughServersError):
+        await MutableFileNode(grid.access(broker, happy=7), grid.write_cap()).replace(b"two")
+    for server in lost:
+        server.fail_on.clear()
+    other = MutableFileNode(grid.access(broker, happy=7), grid.write_cap())
+    assert await other.modify(lambda old: old) == b"two"
+    for server in grid.permuted(broker)[:7]:  # the others alone tell what is the newest
+        server.connected = False
+    assert await reader(broker).download_to_data() == b"two"
 
 
 async def test_a_file_keeps_its_own_k_and_n() -> None:

@@ -125,8 +125,8 @@ def place(broker: MemoryBroker, shares: Mapping[int, bytes]) -> None:
         put(servers[number % len(servers)], number, share)
 
 
-def access(broker: MemoryBroker, k: int = 3, n: int = 10) -> MutableAccess:
-    return MutableAccess(broker, SECRETS, k, n, os.urandom)
+def access(broker: MemoryBroker, k: int = 3, n: int = 10, happy: int = 1) -> MutableAccess:
+    return MutableAccess(broker, SECRETS, k, n, os.urandom, happy)
 
 
 def new_node(broker: MemoryBroker, k: int = 3, n: int = 10) -> MutableFileNode:

@@ -88,7 +88,8 @@ async def test_a_large_hash_tree_is_read_node_by_node(monkeypatch: pytest.Monkey
     assert await read_all(download, cap) == data
 
 
-async def test_a_small_file_costs_one_read_a_share() -> None:
+async def test_a_small_file_costs_one_read_a_share(mock_clock: trio.testing.MockClock) -> None:
+    """No time passes, so that nobody is late and asked twice."""
     grid = MemoryGrid(10)
     cap = await grid.upload(DATA)
     await read_all(grid.download(cap), cap)

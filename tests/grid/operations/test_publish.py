@@ -23,10 +23,12 @@ from tests.vectors import name_of
 SDMF_VECTORS = [vector for vector in grid.files() if vector["format"] == "SDMF"]
 
 
-async def put(broker: MemoryBroker, contents: bytes, servermap: ServerMap | None, k: int = 3, n: int = 10) -> ServerMap:
+async def put(
+    broker: MemoryBroker, contents: bytes, servermap: ServerMap | None, k: int = 3, n: int = 10, happy: int = 1
+) -> ServerMap:
     seqnum = servermap.highest_seqnum + 1 if servermap else 1
     version = encode_sdmf(contents, grid.keys(), seqnum=seqnum, salt=os.urandom(16), k=k, n=n)
-    return await publish(broker, grid.SECRETS, grid.keys(), version, servermap)
+    return await publish(broker, grid.SECRETS, grid.keys(), version, servermap, happy=happy)
 
 
 async def make_map(broker: MemoryBroker, mode: MapMode = MapMode.WRITE) -> ServerMap:
@@ -179,8 +181,8 @@ async def test_our_own_write_whose_answer_was_lost_counts() -> None:
     """The same version sent again: tests fail, but what is there is what we wanted."""
     broker = MemoryBroker(10)
     version = encode_sdmf(b"one", grid.keys(), seqnum=1, salt=bytes(16), k=3, n=10)
-    await publish(broker, grid.SECRETS, grid.keys(), version, None)
-    placed = await publish(broker, grid.SECRETS, grid.keys(), version, None)
+    await publish(broker, grid.SECRETS, grid.keys(), version, None, happy=1)
+    placed = await publish(broker, grid.SECRETS, grid.keys(), version, None, happy=1)
     assert placed.complete(10)
 
 
@@ -262,6 +264,30 @@ async def test_fewer_than_k_shares_is_a_failure() -> None:
     assert (caught.value.happy, caught.value.reached, caught.value.connected) == (3, 0, 4)
     with pytest.raises(NotEnoughServersError):
         await put(MemoryBroker(0), b"contents", None)
+
+
+async def test_too_few_servers_are_not_even_begun_with() -> None:
+    broker = MemoryBroker(10)
+    before = await put(broker, b"contents", None)
+    for server in grid.permuted(broker)[6:]:
+        server.connected = False
+    for servermap in (before, None):  # known places count only where they can be reached
+        with pytest.raises(NotEnoughServersError) as caught:
+            await put(broker, b"more", servermap, happy=7)
+        assert (caught.value.happy, caught.value.reached, caught.value.connected) == (7, 6, 6)
+    assert sum(server.calls["slot_writev"] for server in broker.servers) == 10
+    await put(broker, b"more", before, happy=6)
+
+
+async def test_servers_that_fail_meanwhile_make_it_a_failure() -> None:
+    """Ten shares have a place each, two on some servers: that does not count."""
+    broker = MemoryBroker(10)
+    for server in grid.permuted(broker)[6:]:
+        server.fail_on.add("slot_writev")
+    with pytest.raises(NotEnoughServersError) as caught:
+        await put(broker, b"contents", None, happy=7)
+    assert (caught.value.happy, caught.value.reached) == (7, 6)
+    assert sum(map(len, holdings(broker))) == 10
 
 
 async def test_one_server_is_enough_for_all_shares() -> None:
