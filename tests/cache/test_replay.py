@@ -349,7 +349,8 @@ async def test_damaged_rows_cost_only_themselves(tmp_path: Path) -> None:
         with sqlite3.connect(here.slot / "journal.db") as database:
             rows = database.execute("SELECT id, sealed FROM rows ORDER BY id").fetchall()
             for number, sealed in (rows[0], rows[-1]):
-                database.execute("UPDATE rows SET sealed = ? WHERE id = ?", (sealed[:-1] + b"\0\1"[:1], number))
+                damaged = sealed[:-1] + bytes([sealed[-1] ^ 1])
+                database.execute("UPDATE rows SET sealed = ? WHERE id = ?", (damaged, number))
             database.execute("UPDATE rows SET sealed = ? WHERE id = ?", (rows[6][1], rows[8][0]))  # another's place
         database.close()
         async with here.process() as workspace:
