@@ -1,10 +1,11 @@
 """The files that hold the block store's records, one after the other.
 
     <number, 8 hex digits>.pack   records:
-        magic 4 | length u32 | segment size u64 | key 32 | code 16 | payload, `length` bytes
+        magic 4 | length u32 | segment size u64 | key 32 | salt 16 | code 16 | payload, `length` bytes
 
-`code` is the beginning of an HMAC-SHA256 over all before it and the payload, under a key that follows from the file's
-read key: who cannot read the file cannot make a record of it that is believed, and a torn or flipped one is none.
+`code` is a GMAC of the payload under a key of this record alone: the HMAC-SHA256 of all before the code, under a secret
+that follows from the file's read key. Who cannot read the file cannot make a record of it that is believed, and a torn
+or flipped one is none. It is checked at every read; SHA-256 over the payload would take most of the time of one.
 
 A pack is appended to by one process, which holds its lock (flock), and read by all. One whose process is gone is
 continued by the next. Numbers grow: a lower one is older. All functions may be called from any thread.
@@ -17,6 +18,7 @@ import hashlib
 import hmac
 import os
 import re
+import secrets
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +26,11 @@ from typing import Final, Self
 
 from attrs import frozen
 
-MAGIC: Final = b"TFb1"
-HEADER: Final = struct.Struct(">4sIQ32s16s")
+from grid.crypto import one_time_code
+
+MAGIC: Final = b"TFb2"
+HEADER: Final = struct.Struct(">4sIQ32s16s16s")
+SALT_BYTES: Final = 16
 PACK_NUMBER_MAX: Final = (1 << 32) - 1
 _CODED_BYTES: Final = HEADER.size - 16
 _NAME: Final = re.compile(r"([0-9a-f]{8})\.pack")
@@ -43,27 +48,23 @@ def encode(
     key: bytes, secret: bytes, segment_size: int, payload: bytes | memoryview
 ) -> tuple[bytes, bytes | memoryview]:
     """Header and payload of a record, to be written in this order."""
-    head = HEADER.pack(MAGIC, len(payload), segment_size, key, b"")[:_CODED_BYTES]
+    salt = secrets.token_bytes(SALT_BYTES)  # so that the code's key is new, whatever was kept under `key` before
+    head = HEADER.pack(MAGIC, len(payload), segment_size, key, salt, b"")[:_CODED_BYTES]
     return head + _code(secret, head, payload), payload
 
 
-def decode(data: bytes, key: bytes, secret: bytes) -> Record | None:
-    """The record that `data` starts with, if it is whole and of this key."""
-    if len(data) < HEADER.size:
-        return None
-    magic, length, segment_size, found, code = HEADER.unpack_from(data)
-    payload = memoryview(data)[HEADER.size : HEADER.size + length]
+def decode(head: bytes | bytearray, payload: memoryview, key: bytes, secret: bytes) -> Record | None:
+    """The record of that header and payload, if it is whole and of this key."""
+    magic, length, segment_size, found, _, code = HEADER.unpack(head)
     if magic != MAGIC or found != key or len(payload) != length:
         return None
-    if not hmac.compare_digest(_code(secret, data[:_CODED_BYTES], payload), code):
+    if not hmac.compare_digest(_code(secret, head[:_CODED_BYTES], payload), code):
         return None
     return Record(segment_size, payload)
 
 
-def _code(secret: bytes, head: bytes, payload: bytes | memoryview) -> bytes:
-    code = hmac.new(secret, head, hashlib.sha256)
-    code.update(payload)
-    return code.digest()[:16]
+def _code(secret: bytes, head: bytes | bytearray, payload: bytes | memoryview) -> bytes:
+    return one_time_code(hmac.digest(secret, head, hashlib.sha256), payload)
 
 
 def pack_path(folder: Path, number: int) -> Path:
@@ -83,23 +84,25 @@ def list_packs(folder: Path) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def read_at(folder: Path, number: int, offset: int, length: int) -> bytes:
-    """Fewer bytes at the end of the pack, none when there is no such pack. Raises OSError."""
+def read_at(folder: Path, number: int, offset: int, payload: memoryview, key: bytes, secret: bytes) -> Record | None:
+    """The record of `key` that begins at `offset`, its payload in the place given. None: not there. Raises OSError."""
     try:
         fd = os.open(pack_path(folder, number), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return b""
+        return None
+    head = bytearray(HEADER.size)
     try:
-        return os.pread(fd, length, offset)
+        count = os.preadv(fd, [head, payload], offset)
     finally:
         os.close(fd)
+    return decode(head, payload, key, secret) if count == len(head) + len(payload) else None
 
 
 def walk(fd: int) -> Iterator[tuple[int, bytes, int]]:
     """(offset, key, payload bytes) of each record, up to the first place where none can be. Believes headers."""
     offset, stop = 0, os.fstat(fd).st_size
     while len(head := os.pread(fd, HEADER.size, offset)) == HEADER.size:
-        magic, length, _, key, _ = HEADER.unpack(head)
+        magic, length, _, key, _, _ = HEADER.unpack(head)
         if magic != MAGIC or offset + HEADER.size + length > stop:
             return
         yield offset, key, length

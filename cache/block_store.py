@@ -1,6 +1,6 @@
-"""Verified ciphertext on the local disk, to be read again without the grid. Format version 1.
+"""Verified ciphertext on the local disk, to be read again without the grid. Format version 2.
 
-    <state_dir>/cache/blocks-1/index             where which record stands (`cache/block_index.py`)
+    <state_dir>/cache/blocks-2/index             where which record stands (`cache/block_index.py`)
                                <number>.pack     the records (`cache/block_packs.py`)
 
 A log: records are appended to packs, and what goes first is the oldest pack as a whole. So writing costs one append
@@ -35,7 +35,6 @@ from cache.block_packs import (
     PACK_NUMBER_MAX,
     OpenPack,
     Record,
-    decode,
     encode,
     list_packs,
     pack_path,
@@ -45,7 +44,7 @@ from cache.block_packs import (
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = "blocks-1"
+FORMAT: Final = "blocks-2"
 FREE_BYTES_MIN: Final = 1 << 30  # of the disk; never taken for the cache
 PACK_BYTES_MAX: Final = 64 << 20
 PACK_BYTES_MIN: Final = 64 << 10
@@ -95,21 +94,31 @@ class BlockStore:
         """What a payload may have; larger ones are not kept."""
         return max(0, min(self.limit_bytes // 4, RECORD_BYTES_MAX) - HEADER.size)
 
-    def get(self, key: bytes, secret: bytes) -> Record | None:
-        """What was put last under `key`, if it is still here. Never raises, never wrong bytes."""
+    def get(self, key: bytes, secret: bytes, into: memoryview | None = None) -> Record | None:
+        """What was put last under `key`, if it is still here. Never raises, never wrong bytes.
+
+        `into`: where to put the payload, if it fits; whatever comes of it, what was there is gone.
+        """
         index = self._index
         try:
             where = index.find(key)
-            if where is None:
+            if where is None or where.length > (RECORD_BYTES_MAX if into is None else len(into)):
                 return None
-            data = read_at(self._path, where.pack, where.offset, HEADER.size + where.length)
-            record = decode(data, key, secret)
+            payload = memoryview(bytearray(where.length)) if into is None else into[: where.length]
+            record = read_at(self._path, where.pack, where.offset, payload, key, secret)
             if record is not None and not where.used:
                 index.mark_used(where)
         except OSError as error:
             log.warning("the block cache cannot be read: %s", error)
             return None
         return record
+
+    def has(self, key: bytes) -> bool:
+        """Does the index know of it? (`get` may still find that it is gone, or damaged.) Never raises."""
+        try:
+            return self._index.find(key) is not None
+        except OSError:
+            return False
 
     def put(self, key: bytes, secret: bytes, segment_size: int, payload: bytes | memoryview) -> bool:
         """Keep it, in place of what had the key. False: there is no room, or the disk does not take it."""

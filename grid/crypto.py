@@ -1,6 +1,7 @@
 """All cryptography but hashing: AES-CTR, RSA and Ed25519 signatures, tub identities. The only importer of cryptography.
 
     AES-256-GCM   what we keep for ourselves on a local disk: nonce 12 bytes, ciphertext, tag 16 bytes
+    AES-256-GMAC  a code of 16 bytes over what is ciphertext already; a key serves one message
     AES-128-CTR   the counter block is the whole 16 bytes, big-endian, from zero: every use has a key of its own
     RSA           2048 bits; private key PKCS#8 DER, public key SubjectPublicKeyInfo DER;
                   RSASSA-PSS with SHA-256, MGF1-SHA256 and 32 bytes of salt
@@ -99,6 +100,20 @@ def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes:
         return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
     except (InvalidTag, ValueError):
         raise FormatError("this was sealed with another key, or damaged since") from None
+
+
+def one_time_code(key: bytes, message: bytes | bytearray | memoryview) -> bytes:
+    """A code of 16 bytes that nobody can make without `key` (32 bytes), which must serve this message alone.
+
+    GMAC, at a fixed nonce, which is sound for a key that is used once: some 15 times as fast as HMAC-SHA256 where the
+    processor has AES instructions. The odds of a forgery are below 2^-100 a try for messages up to 256 MiB.
+    """
+    if len(key) != SEALING_KEY_BYTES:
+        raise ValueError(f"a key for codes has {SEALING_KEY_BYTES} bytes")
+    context = Cipher(algorithms.AES(key), modes.GCM(bytes(NONCE_BYTES))).encryptor()
+    context.authenticate_additional_data(message)
+    context.finalize()
+    return context.tag
 
 
 # --- RSA ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from grid.crypto import (
     generate_rsa_key,
     load_tub_identity,
     make_tub_identity,
+    one_time_code,
+    seal,
     tub_id_of_certificate,
     verify_ed25519,
 )
@@ -150,6 +152,16 @@ def test_foolscaps_own_identity() -> None:
     assert identity.tub_id == vector["tubid"]
     assert identity.certificate_der.hex() == vector["der_hex"]
     assert identity.pem == vector["pem"].encode()
+
+
+def test_one_time_code() -> None:
+    """The first is test case 13 of the paper that describes GCM."""
+    assert one_time_code(bytes(32), b"").hex() == "530f8afbc74536b9a963b4f1c4cb738b"
+    key, message = bytes(range(32)), bytes(range(256)) * 5
+    assert one_time_code(key, message) == seal(key, bytes(12), b"", message)[12:]
+    assert one_time_code(key, message) != one_time_code(key, message + b"\0") != one_time_code(bytes(32), message)
+    with pytest.raises(ValueError, match="32"):
+        one_time_code(bytes(16), message)
 
 
 @pytest.mark.parametrize("name", CERTIFICATES)
