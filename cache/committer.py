@@ -386,7 +386,8 @@ class Committer:
 
     def _progress(self) -> tuple[int, ...]:
         """Is another tuple whenever something has got further."""
-        return self.uploads.meter.total, self.uploads.stored, self.publishes, len(self._journal)
+        uploads = self.uploads
+        return uploads.meter.total, uploads.fetched_bytes, uploads.stored, self.publishes, len(self._journal)
 
     @contextmanager
     def _urgency(self, upto: int) -> Iterator[None]:

@@ -16,14 +16,16 @@ import trio
 
 from cache.convergence import FileEncoding, RunningHash
 from cache.layers import Contents, Layers
-from cache.sealed import SealedContents, SealedFile
-from cache.spool import Spool
+from cache.sealed import SealedContents, SealedFile, share
+from cache.spool import Spool, SpoolFullError
 from grid.errors import GridError
 
 INLINE_BYTES_MAX: Final = 1 << 20  # spool I/O up to here is done on the spot
 CATCH_UP_BYTES_MAX: Final = 1 << 20  # hashed per write when writes came out of order
 FILE_BYTES_MAX: Final = 8 << 40  # what a local file, though sparse, can be on any common file system
-CHAIN_MAX: Final = 4  # sealed files laid over each other before they are copied into one
+MERGE_RATIO: Final = 2  # what lies beneath is taken over if it holds at most so many times what lies over it
+PIECE_BYTES: Final = 4096  # what a file, or a piece of one, takes at least
+LAYERS_MAX: Final = 64  # sealed files laid over each other, when there is no room to merge them
 
 
 class FileTooLargeError(GridError):
@@ -107,26 +109,76 @@ class WritableContents:
                 self._hash.changed_from(size)
         layers.size = size
 
-    async def seal(self, *, complete: bool = False, under: Contents | None = None) -> SealedFile:
+    async def seal(self, *, complete: bool = False) -> SealedFile:
         """What was written, as it is now; this object is of no use after that.
 
-        What is still the base's is fetched when it is needed, or now if `complete`; but not what is `under`'s, a file
-        that is changed in place. If that fails or is cancelled, these contents stay open.
+        What is on the grid only is fetched when it is needed, or now if `complete`. If that fails or is cancelled,
+        these contents stay open.
         """
         self._check_open()
         self._open = False
         layers = self._layers
-        depth = layers.base.depth if isinstance(layers.base, SealedContents) else 0
-        sealed = SealedFile(layers, self._encoding, self._hash, depth + 1)
         try:
-            if complete or sealed.depth > CHAIN_MAX:
-                await sealed.fill(self._spool, self._wait_s, under)
+            await self._merge()
+            sealed = SealedFile(layers, self._encoding, self._hash)
+            if complete:
+                await sealed.fill(self._spool, self._wait_s)
         except BaseException:
             self._open = True
             raise
         self._here = False
         layers.file.shut()
         return sealed
+
+    async def _merge(self) -> None:
+        """Have few sealed files lie over each other, and move few bytes for it.
+
+        Each one that stays holds more than MERGE_RATIO times what all over it hold: so there are few, and whatever is
+        written is copied once for each time the bytes over it have tripled, not each time something is sealed.
+        """
+        layers = self._layers
+        while layers.base is not None:
+            if not layers.missing():
+                layers.base.close()
+                layers.base, layers.base_stop = None, 0
+            elif (below := self._little_below()) is not None:
+                try:
+                    await self._take_over(below)
+                except SpoolFullError:  # what was written is safe all the same
+                    if below.sealed.depth >= LAYERS_MAX:
+                        raise
+                    return
+            else:
+                return
+
+    def _little_below(self) -> SealedContents | None:
+        below = self._layers.base
+        if not isinstance(below, SealedContents):
+            return None
+        if below.cap is not None and below.cap.is_mutable:
+            return None  # what was written over that is all that is sent
+        shown = min(below.sealed.file.spans.total, self._layers.base_stop)
+        if shown + PIECE_BYTES > MERGE_RATIO * (self._layers.file.spans.total + PIECE_BYTES):
+            return None
+        return below
+
+    async def _take_over(self, below: SealedContents) -> None:
+        """All that shows of it, so that these contents lie over what it lies over."""
+        layers, beneath = self._layers, below.sealed.layers
+        moved = 0
+        for held_start, held_stop in beneath.file.spans:
+            for first, last in layers.file.spans.without(held_start, min(held_stop, layers.base_stop)):
+                for start in range(first, last, INLINE_BYTES_MAX):
+                    length = min(INLINE_BYTES_MAX, last - start)
+                    await self._spool.room(length, 0)
+                    layers.file.write(start, beneath.file.read(start, length))
+                    moved += max(length, PIECE_BYTES)
+                    if moved >= INLINE_BYTES_MAX:
+                        moved = 0
+                        await trio.lowlevel.checkpoint()
+        base = None if beneath.base is None else share(beneath.base)
+        layers.base, layers.base_stop = base, min(layers.base_stop, beneath.base_stop)
+        below.close()
 
     def close(self) -> None:
         """Throw away what was written, unless it was sealed."""

@@ -20,7 +20,8 @@ from cache.blocks import FACTS_NUMBER
 from cache.disk_tier import BlockName, DiskTier
 from cache.kept import Kept
 from cache.publishing import Published
-from cache.sealed import SealedFile, SpoolUploadable
+from cache.sealed import SealedFile
+from cache.uploadables import SpoolUploadable
 from grid.crypto import aes_ctr
 from grid.formats.caps import Cap, CHKReadCap, DirectoryCap
 from grid.formats.segments import div_ceil
@@ -43,7 +44,7 @@ class Keeper:
         self._waiting = trio.Event()
 
     def note_file(self, sealed: SealedFile, cap: Cap) -> None:
-        """It was uploaded as `cap`."""
+        """It was uploaded as `cap`, and is complete."""
         if isinstance(cap, CHKReadCap) and len(self._files) < FILES_MAX and cap.size <= self._disk.limit_bytes // 4:
             self._files.append((sealed.retain(), cap))
             self._waiting.set()

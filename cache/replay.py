@@ -1,6 +1,6 @@
 """From a journal's rows back to what they stand for: the way a mount goes on where a process before it was killed.
 
-    {"is": "file", "number", "key", "size", "spans", "base", "base_stop", "depth", "synced", "data" | "digest"}
+    {"is": "file", "number", "key", "size", "spans", "base", "base_stop", "synced", "data" | "digest"}
     {"is": "file", "cap"}                            stored since: only what is laid over it needs to know
     {"is": "change", "in", "path", "name", "kind", "position", "when", "ancestors", "target", "metadata", "keys",
      "after", "sent"}
@@ -137,7 +137,7 @@ class Replay:
         layers = Layers(file, row["size"], base, row["base_stop"])
         running = RunningHash(self._encoding)
         running.spoil()
-        sealed = SealedFile(layers, self._encoding, running, row["depth"], digest=digest, synced=row["synced"])
+        sealed = SealedFile(layers, self._encoding, running, digest=digest, synced=row["synced"])
         sealed.doubted = data is None
         sealed.id = number
         self._files[number] = sealed

@@ -1,8 +1,9 @@
-"""A finished file in the spool, on its way to the grid: never changes again, and is read as an IUploadable.
+"""A finished file in the spool, on its way to the grid: never changes again, and is uploaded (`cache/uploadables.py`).
 
-It may still show parts of what it was written over (`Layers`); `fill` fetches those, after which it stands by
-itself. Reads of more than a chunk, hashing and uploading happen in worker threads, on descriptors that are open only
-meanwhile.
+It may still show parts of what it was written over (`Layers`): of other sealed files, which stay as long as this one
+does, and of a file on the grid. It is *complete* when it shows nothing that is on the grid only; `fill` fetches that.
+Reads of more than a chunk, hashing and uploading of complete files happen in worker threads, on descriptors that are
+open only meanwhile.
 
 In the journal it has a row of its own (`row`), from which a later process makes it anew (`cache/replay.py`). Short
 contents stand in the row itself, so that a thousand small files are on the disk with one fsync; for longer ones the row
@@ -14,7 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -24,18 +25,18 @@ import trio
 
 from cache.cap_json import cap_to_json
 from cache.convergence import FileEncoding, RunningHash
-from cache.layers import Contents, Layers, read_under
+from cache.layers import Contents, Layers
 from cache.spans import Spans
 from cache.spool import Spool, SpoolFile
 from grid.crypto import KEY_BYTES
 from grid.errors import GridError
 from grid.formats.caps import Cap
 from grid.formats.hashutil import TaggedHasher
-from grid.interfaces import EncodingParameters
 from grid.operations.worker import run_cpu_work
 
 CHUNK_BYTES: Final = 1 << 20  # read, fetched or hashed at a time
 ROW_DATA_BYTES_MAX: Final = 32 << 10  # contents up to here stand in the journal itself
+BASE_TIMEOUT_S: Final = 120.0  # for one chunk of what a file was written over
 HASH_HOP_BYTES: Final = 16 << 20  # per thread hop of the key pass, so that cancelling does not wait for a whole file
 
 
@@ -51,7 +52,6 @@ class SealedFile:
         layers: Layers,
         encoding: FileEncoding,
         running: RunningHash,
-        depth: int,
         *,
         digest: bytes | None = None,
         synced: bool = False,
@@ -59,7 +59,7 @@ class SealedFile:
         self.id = 0
         self.on_change: Callable[[SealedFile], None] | None = None  # told when the row must change
         self.cap: Cap | None = None  # once it is stored
-        self._layers = layers
+        self.layers = layers
         self._encoding = encoding
         self._running = running
         self._key: bytes | None = None
@@ -68,9 +68,9 @@ class SealedFile:
         self._synced = synced  # on the disk, and `digest` known
         self.doubted = False  # comes from another process, so that it must be checked before it is believed
         self._filling = trio.Lock()  # held over fetches from the base and spool writes by `fill`, and over `check`
+        self._complete = False  # known to be
         self._owners = 1
         self.size = layers.size
-        self.depth = depth
 
     @property
     def encoding(self) -> FileEncoding:
@@ -78,16 +78,47 @@ class SealedFile:
 
     @property
     def file(self) -> SpoolFile:
-        return self._layers.file
+        return self.layers.file
+
+    @property
+    def below(self) -> SealedFile | None:
+        """The sealed file it is laid over, if it is one."""
+        base = self.layers.base
+        return base.sealed if isinstance(base, SealedContents) else None
+
+    @property
+    def depth(self) -> int:
+        """How many sealed files are laid over each other here, this one included."""
+        below = self.below
+        return 1 if below is None else 1 + below.depth
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in the spool; a complete file's does not change."""
-        return self._layers.file.spans.total
+        """Bytes in the spool, its own and those of all it is laid over."""
+        below = self.below
+        return self.file.spans.total + (0 if below is None else below.held_bytes)
 
     @property
     def complete(self) -> bool:
-        return not self._layers.missing()
+        """Whether all of it can be read from the spool. Once it can, that stays so."""
+        self._complete = self._complete or not self.lacking().total
+        return self._complete
+
+    @property
+    def pinned(self) -> bool:
+        """Whether what it shows of the grid cannot change."""
+        below, base = self.below, self.layers.base
+        if below is not None:
+            return below.pinned
+        return base is None or base.cap is None or not base.cap.is_mutable
+
+    def lacking(self) -> Spans:
+        """Where its bytes are on the grid only."""
+        below, missing = self.below, self.layers.missing()
+        if below is None:
+            return Spans(missing)
+        deeper = below.lacking()
+        return Spans((a, b) for start, stop in missing for a, b, held in deeper.cut(start, stop) if held)
 
     @property
     def gone(self) -> bool:
@@ -105,9 +136,9 @@ class SealedFile:
         self._owners -= 1
         if self._owners == 0:
             self._note_change()  # before what the row speaks of is gone: so the two are written together
-            self._layers.file.release(remove=self.on_change is None)  # else the journal does, when the row is gone
-            if self._layers.base is not None:
-                self._layers.base.close()
+            self.layers.file.release(remove=self.on_change is None)  # else the journal does, when the row is gone
+            if self.layers.base is not None:
+                self.layers.base.close()
 
     def stored_as(self, cap: Cap) -> None:
         """It is on the grid: that is all the journal needs to know from now on."""
@@ -122,8 +153,8 @@ class SealedFile:
 
     @property
     def parts(self) -> Iterable[SealedFile]:
-        base = self._layers.base
-        return (base.sealed,) if isinstance(base, SealedContents) and base.cap is None else ()
+        below = self.below
+        return (below,) if below is not None and below.cap is None else ()
 
     @property
     def needs_sync(self) -> bool:
@@ -131,7 +162,7 @@ class SealedFile:
 
     @property
     def _fits_row(self) -> bool:
-        return self.held_bytes <= ROW_DATA_BYTES_MAX
+        return self.file.spans.total <= ROW_DATA_BYTES_MAX
 
     def row(self, number_of: Callable[[Any], int]) -> dict[str, Any] | None:
         """See `cache/replay.py` for the way back."""
@@ -140,7 +171,7 @@ class SealedFile:
             return None
         if self.cap is not None:
             return {"is": "file", "cap": cap_to_json(self.cap)}
-        layers = self._layers
+        layers = self.layers
         base: dict[str, Any] | None = None
         if layers.base is not None:
             cap = layers.base.cap
@@ -153,7 +184,6 @@ class SealedFile:
             "spans": list(self.file.spans),
             "base": base,
             "base_stop": layers.base_stop,
-            "depth": self.depth,
             "synced": self._synced,
         }
         if self._fits_row:
@@ -165,7 +195,7 @@ class SealedFile:
 
     def _account_row(self) -> None:
         """Contents that stand in the row count twice: they are on the disk twice."""
-        in_row = 0 if self.gone or self.cap is not None or not self._fits_row else self.held_bytes
+        in_row = 0 if self.gone or self.cap is not None or not self._fits_row else self.file.spans.total
         self.file.account(in_row - self._in_row_bytes)
         self._in_row_bytes = in_row
 
@@ -189,7 +219,9 @@ class SealedFile:
         return digest.digest()
 
     async def check(self) -> None:
-        """If it comes from a process before this one: is it what that one wrote? Raises DamagedFileError."""
+        """What comes from a process before this one: is it what that one wrote? Raises DamagedFileError."""
+        if self.below is not None:
+            await self.below.check()
         if not self.doubted:
             return
         async with self._filling:
@@ -207,47 +239,61 @@ class SealedFile:
 
     def showing(self, cap: Cap) -> Spans:
         """Where nothing was written over the file on the grid that `cap` names, so that it shows through."""
-        layers = self._layers
-        base, missing = layers.base, layers.missing()
+        below, base, missing = self.below, self.layers.base, self.layers.missing()
         if base is None or (base.cap is not None and base.cap != cap):
             return Spans()
-        if base.cap is None and isinstance(base, SealedContents):
-            below = base.sealed.showing(cap)
-            return Spans((a, b) for start, stop in missing for a, b, held in below.cut(start, stop) if held)
+        if base.cap is None and below is not None:
+            deeper = below.showing(cap)
+            return Spans((a, b) for start, stop in missing for a, b, held in deeper.cut(start, stop) if held)
         return Spans(missing)
 
-    async def fill(self, spool: Spool, wait_s: float, under: Contents | None = None) -> None:
-        """Fetch what is still the base's alone, so that the file stands by itself. Raises GridError.
+    async def fill(self, spool: Spool, wait_s: float, told: Callable[[int], None] = lambda count: None) -> None:
+        """Fetch what is on the grid only, so that the file is complete; `told` how many bytes came.
 
-        `under`: a file on the grid, whose bytes are left where they show through.
+        Readers go on meanwhile: what is held is made known at the end, at once. Raises GridError, trio.TooSlowError.
         """
-        layers = self._layers
         async with self._filling:
-            left = Spans() if under is None or under.cap is None else self.showing(under.cap)
-            with _opened(layers.file):
-                for start, stop in [part for span in layers.missing() for part in left.without(*span)]:
-                    for position in range(start, stop, CHUNK_BYTES):
-                        end = min(position + CHUNK_BYTES, stop)
-                        data = await read_under(layers.base, layers.base_stop, position, end)
+            layers = self.layers
+            if not (lacking := self.lacking()).total:
+                return
+            held = self.file.spans.copy()
+            try:
+                with _opened(self.file):
+                    for start, stop in chunks(lacking):
+                        with trio.fail_after(BASE_TIMEOUT_S):
+                            data = await self.read(start, stop - start)
                         await spool.room(len(data), wait_s)
-                        await trio.to_thread.run_sync(layers.file.write, position, data)
-            base, layers.base, layers.base_stop = layers.base, under, left.stop
-            self.depth = 1
-            self._digest, self._synced = None, False
-            self._note_change()  # before the base may go
-            if base is not None:
+                        await trio.to_thread.run_sync(self.file.put, start, data)
+                        self.file.account(len(data))
+                        held.add(start, stop)
+                        told(len(data))
+            finally:
+                self.file.spans = held
+                self._digest, self._synced = None, False
+                self._note_change()
+            if layers.base is not None and not layers.missing():
+                base, layers.base, layers.base_stop = layers.base, None, 0
+                self._note_change()  # before the base may go
                 base.close()
 
-    async def encryption_key(self) -> bytes:
-        """16 bytes, the same at every call: convergent, or random. The file must be complete."""
+    async def encryption_key(self, fetch: Callable[[int, int], Awaitable[bytes]] | None = None) -> bytes:
+        """16 bytes, the same at every call: convergent, or random.
+
+        `fetch(offset, length)`: how to read a file that is not complete.
+        """
         if self._key is None and self.encoding.convergence is None:
             self._key = secrets.token_bytes(KEY_BYTES)
         if self._key is None:
             hasher, done = self._running.take(self.size)
             with _opened(self.file):
-                for start in range(done, self.size, HASH_HOP_BYTES):
-                    stop = min(start + HASH_HOP_BYTES, self.size)
-                    await run_cpu_work(partial(self._hash_range, hasher, start, stop), stop - start)
+                if self.complete:
+                    for start in range(done, self.size, HASH_HOP_BYTES):
+                        stop = min(start + HASH_HOP_BYTES, self.size)
+                        await run_cpu_work(partial(self._hash_range, hasher, start, stop), stop - start)
+                else:
+                    for start in range(done, self.size, CHUNK_BYTES):
+                        data = await (fetch or self.read)(start, min(CHUNK_BYTES, self.size - start))
+                        await run_cpu_work(partial(hasher.update, data), len(data))
             self._key = hasher.digest()[:KEY_BYTES]
         return self._key
 
@@ -256,7 +302,7 @@ class SealedFile:
             hasher.update(self.read_sync(position, min(CHUNK_BYTES, stop - position)))
 
     async def read(self, offset: int, length: int) -> bytes:
-        return await self._layers.read(offset, length)
+        return await self.layers.read(offset, length)
 
     def read_now(self) -> bytes:
         """All of it, on the spot: for complete files of a few bytes."""
@@ -266,10 +312,17 @@ class SealedFile:
     def read_sync(self, offset: int, length: int) -> bytes:
         """In a worker thread; only of a complete file whose descriptor is open."""
         stop = min(offset + length, self.size)
-        pieces = [
-            self._layers.file.read(a, b - a) if held else bytes(b - a)
-            for a, b, held in self._layers.file.spans.cut(offset, stop)
-        ]
+        below, base_stop = self.below, self.layers.base_stop
+        pieces = []
+        for a, b, held in self.file.spans.cut(offset, stop):
+            shown = min(b, max(a, base_stop))
+            if held:
+                pieces.append(self.file.read(a, b - a))
+                continue
+            if shown > a:
+                assert below is not None, "not complete"
+                pieces.append(below.read_sync(a, shown - a))
+            pieces.append(bytes(b - shown))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -289,11 +342,6 @@ class SealedContents:
     def cap(self) -> Cap | None:
         return self.sealed.cap
 
-    @property
-    def depth(self) -> int:
-        """How many sealed files are laid over each other here."""
-        return self.sealed.depth
-
     async def read(self, offset: int, length: int) -> bytes:
         if not self._open:
             raise ValueError("these contents are closed")
@@ -308,43 +356,16 @@ class SealedContents:
             self.sealed.release()
 
 
-class SpoolUploadable:
-    """A complete sealed file as an IUploadable, readable from worker threads. Holds the file open until `close`."""
+def share(contents: Contents) -> Contents:
+    """The same to read, for another owner: what is on the grid can be read on after somebody closed it."""
+    return contents.sealed.open() if isinstance(contents, SealedContents) else contents
 
-    def __init__(self, sealed: SealedFile) -> None:
-        self._contents = sealed.open()
-        self._sealed = sealed
-        self._position = 0
 
-    def set_default_encoding_parameters(self, params: Mapping[str, int]) -> None:
-        """Has no effect: the encoding was fixed when the file was written, and the key depends on it."""
-
-    async def get_size(self) -> int:
-        return self._sealed.size
-
-    async def get_all_encoding_parameters(self) -> EncodingParameters:
-        encoding = self._sealed.encoding
-        return EncodingParameters(encoding.k, encoding.happy, encoding.n, encoding.segment_size(self._sealed.size))
-
-    async def get_encryption_key(self) -> bytes:
-        return await self._sealed.encryption_key()
-
-    async def read(self, length: int) -> Sequence[bytes | memoryview]:
-        return await run_cpu_work(partial(self.read_sync, length), length)
-
-    def read_sync(self, length: int) -> Sequence[bytes | memoryview]:
-        start = self._position
-        self._position = min(start + length, self._sealed.size)
-        return [
-            self._sealed.read_sync(position, min(CHUNK_BYTES, self._position - position))
-            for position in range(start, self._position, CHUNK_BYTES)
-        ]
-
-    def rewind(self) -> None:
-        self._position = 0
-
-    async def close(self) -> None:
-        self._contents.close()
+def chunks(spans: Spans) -> Iterator[tuple[int, int]]:
+    """The same ranges in order, in pieces of at most CHUNK_BYTES."""
+    for start, stop in spans:
+        for position in range(start, stop, CHUNK_BYTES):
+            yield position, min(position + CHUNK_BYTES, stop)
 
 
 @contextmanager

@@ -28,6 +28,11 @@ class Spans:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return zip(tuple(self._starts), tuple(self._stops), strict=True)
 
+    def copy(self) -> Spans:
+        same = Spans()
+        same._starts, same._stops, same.total = self._starts.copy(), self._stops.copy(), self.total
+        return same
+
     @property
     def stop(self) -> int:
         """Where the last range ends; 0 when there is none."""

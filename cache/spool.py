@@ -47,7 +47,9 @@ class Keepable(Protocol):
     """A stored file as the spool sees it (a SealedFile)."""
 
     @property
-    def held_bytes(self) -> int: ...
+    def held_bytes(self) -> int:
+        """What is in the spool because of it."""
+
     def retain(self) -> Any: ...
     def release(self) -> None: ...
 
@@ -60,7 +62,7 @@ class Spool:
         self._path = path
         self._next = 1 + max((int(name) for name in self._names()), default=0)
         self._room = trio.Event()
-        self._kept: OrderedDict[bytes, Keepable] = OrderedDict()  # by storage index, the longest unused first
+        self._kept: OrderedDict[bytes, tuple[Keepable, int]] = OrderedDict()  # by storage index, longest unused first
         self._kept_bytes = 0
         self._keep_bytes = keep_bytes
         self.limit_bytes = limit_bytes
@@ -137,7 +139,7 @@ class Spool:
         if size > self._keep_bytes or storage_index in self._kept:
             return
         stored.retain()
-        self._kept[storage_index] = stored
+        self._kept[storage_index] = stored, size
         self._kept_bytes += size
         while self._kept_bytes > self._keep_bytes:
             self._let_go_oldest()
@@ -145,7 +147,14 @@ class Spool:
     def find_kept(self, storage_index: bytes) -> Keepable | None:
         if storage_index in self._kept:
             self._kept.move_to_end(storage_index)
-        return self._kept.get(storage_index)
+        stored, _ = self._kept.get(storage_index, (None, 0))
+        return stored
+
+    def has_spare(self, size: int) -> bool:
+        """May so much be fetched for convenience? Half of the room is left to writers."""
+        if self.used_bytes - self._kept_bytes + size > self.limit_bytes // 2:
+            return False
+        return self._path is None or free_bytes(self._path) >= 2 * size + DISK_RESERVE_BYTES
 
     def _make_room(self, size: int) -> bool:
         while self._kept and not self._fits(size):
@@ -158,8 +167,8 @@ class Spool:
         return self._path is None or free_bytes(self._path) >= size + DISK_RESERVE_BYTES
 
     def _let_go_oldest(self) -> None:
-        _, stored = self._kept.popitem(last=False)
-        self._kept_bytes -= stored.held_bytes
+        _, (stored, size) = self._kept.popitem(last=False)
+        self._kept_bytes -= size
         stored.release()
 
 
@@ -225,6 +234,12 @@ class SpoolFile:
         """Put `data` there and account for it. Raises SpoolFullError when the disk or the map of ranges is full."""
         if len(self.spans) >= SPANS_MAX:
             raise SpoolFullError(f"a file written in more than {SPANS_MAX} separate pieces")
+        before, count = self.spans.total, self.put(offset, data)
+        self.spans.add(offset, offset + count)
+        self._spool.account(self.spans.total - before)
+
+    def put(self, offset: int, data: bytes | memoryview) -> int:
+        """The same without taking note of it. In a thread, if nobody reads that range. Raises SpoolFullError."""
         sealed = memoryview(aes_ctr(self.key, data, offset))
         done = 0
         try:
@@ -234,10 +249,7 @@ class SpoolFile:
             if error.errno in _FULL:
                 raise SpoolFullError("the local disk is full") from None
             raise
-        finally:
-            before = self.spans.total
-            self.spans.add(offset, offset + done)
-            self._spool.account(self.spans.total - before)
+        return done
 
     def read(self, offset: int, length: int) -> bytes:
         """A range that is held. Safe in a worker thread as long as nobody writes or cuts."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -18,10 +19,11 @@ import trio
 from cache.contents import FILE_BYTES_MAX, FileTooLargeError
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile, UploadProgress
-from cache.sealed import SealedFile, SpoolUploadable
+from cache.sealed import SealedFile
 from cache.settling import Settling
-from cache.spool import Spool
+from cache.spool import Spool, SpoolFullError
 from cache.throughput import Meter
+from cache.uploadables import base_is_read, uploadable_of
 from grid.errors import GridError, WrongKindError
 from grid.formats.caps import Cap, LiteralCap, parse_known_cap
 from grid.formats.segments import LITERAL_BYTES_MAX
@@ -69,6 +71,7 @@ class Uploads:
         self.on_stored: Callable[[SealedFile, Cap], None] = lambda sealed, cap: None  # somebody may want to keep it
         self.stored = 0
         self.meter = Meter()  # of bytes of shares that were pushed
+        self.fetched_bytes = 0  # of what files were written over, to send them whole
 
     def queue(self, file: PendingFile) -> None:
         """See that it gets uploaded, if that is not under way. Also when it gets another name."""
@@ -162,7 +165,7 @@ class Uploads:
         try:
             await sealed.check()
             if not sealed.complete:
-                await sealed.fill(self._spool, self._options.spool_wait_s)
+                await self._fetch_base(sealed)
             if file.mutable != "none":
                 return await self._make_mutable(sealed, file.mutable)
             if file.size <= LITERAL_BYTES_MAX:
@@ -171,16 +174,32 @@ class Uploads:
         finally:
             sealed.release()
 
+    async def _fetch_base(self, sealed: SealedFile) -> None:
+        """What is on the grid only, if there is room for it: else it is read from there while the file is sent.
+
+        What may change on the grid meanwhile has to be fetched. Raises BaseUnreadableError, SpoolFullError.
+        """
+        with base_is_read():
+            if not sealed.pinned:
+                await sealed.fill(self._spool, self._options.spool_wait_s, self._note_fetched)
+            elif self._spool.has_spare(sealed.lacking().total):
+                with suppress(SpoolFullError):  # others were faster
+                    await sealed.fill(self._spool, 0, self._note_fetched)
+
+    def _note_fetched(self, count: int) -> None:
+        self.fetched_bytes += count
+
     async def _make_mutable(self, sealed: SealedFile, kind: str) -> Cap:
-        contents = sealed.open()
+        uploadable = uploadable_of(sealed, self._note_fetched)
         try:
-            made = Changes.everything(sealed.size, contents.read)
+            made = Changes.everything(sealed.size, uploadable.fetch)
             return parse_known_cap(await self._client.create_mutable_file(made, format=kind))
         finally:
-            contents.close()
+            with trio.CancelScope(shield=True):  # lets go of a descriptor, waits for nothing
+                await uploadable.close()
 
     async def _upload(self, file: PendingFile, sealed: SealedFile) -> Cap:
-        uploadable = SpoolUploadable(sealed)
+        uploadable = uploadable_of(sealed, self._note_fetched)
         try:
             file.progress = UploadProgress(self.meter)
             await uploadable.get_encryption_key()
@@ -201,7 +220,7 @@ class Uploads:
         self.failing.pop(file, None)
         file.sealed = None
         sealed.stored_as(cap)
-        if cap.storage_index is not None and not cap.is_mutable:
+        if cap.storage_index is not None and not cap.is_mutable and sealed.complete:
             self._spool.keep(cap.storage_index, sealed)
             self.on_stored(sealed, cap)
         sealed.release()

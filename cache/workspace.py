@@ -154,10 +154,7 @@ class Workspace(Tree):
         self._check_open()
         require_size(contents.size, cap.kind)
         await self._journal.room(JOURNAL_WAIT_S)
-        if cap.kind == "mdmf":
-            sealed = await contents.seal(under=LiveContents(cap, contents.size, self.open_base))
-        else:
-            sealed = await contents.seal(complete=True)  # the version it is based on may soon be gone
+        sealed = await contents.seal(complete=cap.kind != "mdmf")  # else the version it is based on may soon be gone
         position = self._journal.begin()
         self._sizes[cap.storage_index] = sealed.size
         self._committer.replacements.add(Replacement(cap, sealed, position))

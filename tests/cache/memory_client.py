@@ -11,11 +11,11 @@ import trio
 from attrs import frozen
 
 from cache import Workspace, WorkspaceOptions, open_workspace
-from grid.formats.caps import Cap, DirectoryCap
+from grid.formats.caps import Cap, DirectoryCap, parse_known_cap
 from grid.nodes.nodemaker import NodeMaker
 from grid.operations.keys import KeyPool
 from grid.operations.leases import Secrets
-from grid.operations.upload import Uploader
+from grid.operations.upload import DataUploadable, Uploader
 from tests.memory_server import MemoryBroker, MemoryServer
 
 K, HAPPY, N = 2, 2, 3
@@ -128,6 +128,13 @@ async def mounted(tmp_path: Path, options: WorkspaceOptions = QUICK) -> AsyncIte
     ):
         await workspace.load(workspace.root)
         yield client, workspace
+
+
+async def stored(client: MemoryClient, data: bytes) -> Cap:
+    """An immutable file on the grid, put there by somebody else with the same convergence secret."""
+    uploadable = DataUploadable(data, client.node.convergence)
+    uploadable.set_default_encoding_parameters({"k": K, "happy": HAPPY, "n": N})
+    return parse_known_cap((await client.upload(uploadable)).uri)
 
 
 async def put(workspace: Workspace, directory: Any, name: str, data: bytes, metadata: Any = None) -> Any:

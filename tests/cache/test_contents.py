@@ -11,18 +11,20 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.contents import CHAIN_MAX, FILE_BYTES_MAX, FileTooLargeError, WritableContents
+from cache.contents import FILE_BYTES_MAX, FileTooLargeError, WritableContents
 from cache.convergence import FileEncoding
 from cache.layers import BytesContents
-from cache.sealed import SealedFile, SpoolUploadable
+from cache.sealed import SealedFile
 from cache.spans import Spans
 from cache.spool import DISK_RESERVE_BYTES, Spool, SpoolFullError
+from cache.uploadables import SpoolUploadable, uploadable_of
 from grid.errors import NotEnoughSharesError
 from grid.formats.hashutil import convergence_hasher
 
 ENCODING = FileEncoding(3, 7, 10, b"secret", max_segment_size=64)  # small segments: keys taken on the way are used
 MARKER = b"plaintext that must not be seen on the disk"
 
+Step = tuple[str, int, bytes]
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("write"), st.integers(0, 300), st.binary(min_size=1, max_size=90)),
@@ -71,10 +73,14 @@ def expected_key(data: bytes, encoding: FileEncoding = ENCODING) -> bytes:
     return hasher.digest()[:16]
 
 
-async def upload(sealed: SealedFile, spool: Spool) -> tuple[bytes, bytes]:
-    """(key, plaintext) as an uploader gets them."""
-    await sealed.fill(spool, 1)
-    uploadable = SpoolUploadable(sealed)
+async def upload(sealed: SealedFile, spool: Spool, *, fill: bool = True) -> tuple[bytes, bytes]:
+    """(key, plaintext) as an uploader gets them: from the spool alone, or not."""
+    if fill:
+        await sealed.fill(spool, 1)
+        assert sealed.complete
+    used = spool.used_bytes
+    uploadable = uploadable_of(sealed, lambda count: None)
+    assert isinstance(uploadable, SpoolUploadable) or not fill
     size = await uploadable.get_size()
     parameters = await uploadable.get_all_encoding_parameters()
     assert parameters.segment_size == ENCODING.segment_size(size)
@@ -83,42 +89,49 @@ async def upload(sealed: SealedFile, spool: Spool) -> tuple[bytes, bytes]:
     while piece := b"".join(await uploadable.read(64)):
         data += piece
     assert len(data) == size
+    assert spool.used_bytes == used
     await uploadable.close()
     return key, data
 
 
+async def do(contents: WritableContents, model: bytearray, step: Step) -> None:
+    """The same to both."""
+    what, number, data = step
+    if what == "write":
+        await contents.write(number, data)
+        model.extend(bytes(max(0, number + len(data) - len(model))))
+        model[number : number + len(data)] = data
+    elif what == "append":
+        await contents.write(contents.size, memoryview(data))
+        model += data
+    elif what == "truncate":
+        await contents.truncate(number)
+        model[:] = model[:number] + bytes(max(0, number - len(model)))
+    else:
+        assert await contents.read(number, 70) == model[number : number + 70]
+    assert contents.size == len(model)
+
+
 @settings(max_examples=100)
-@given(steps, st.none() | st.binary(max_size=300), st.none() | st.integers(0, 350))
+@given(steps, st.none() | st.binary(max_size=300), st.none() | st.integers(0, 350), st.booleans())
 def test_writing_is_like_a_bytearray(
-    state_dir: Path, todo: list[tuple[str, int, bytes]], base: bytes | None, keep: int | None
+    state_dir: Path, todo: list[Step], base: bytes | None, keep: int | None, fill: bool
 ) -> None:
     async def run() -> None:
         spool = open_spool(state_dir)
         under = None if base is None else Base(base)
         contents = WritableContents(spool, ENCODING, 1, under, keep)
         model = bytearray(base or b"")[:keep]
-        for what, number, data in todo:
-            if what == "write":
-                await contents.write(number, data)
-                model.extend(bytes(max(0, number + len(data) - len(model))))
-                model[number : number + len(data)] = data
-            elif what == "append":
-                await contents.write(contents.size, memoryview(data))
-                model += data
-            elif what == "truncate":
-                await contents.truncate(number)
-                model = model[:number] + bytes(max(0, number - len(model)))
-            else:
-                assert await contents.read(number, 70) == model[number : number + 70]
-            assert contents.size == len(model)
+        for step in todo:
+            await do(contents, model, step)
         assert await contents.read(0, len(model) + 9) == model
         sealed = await contents.seal()
         contents.close()
         reader = sealed.open()
         assert await reader.read(0, sealed.size) == model
-        key, data = await upload(sealed, spool)
+        key, data = await upload(sealed, spool, fill=fill)
         assert data == model and key == expected_key(data)
-        assert under is None or under.closed
+        assert under is None or under.closed or not fill
         sealed.release()
         assert await reader.read(0, len(model)) == model  # outlives its owner
         reader.close()
@@ -177,23 +190,6 @@ async def test_a_failed_seal_leaves_the_contents_open(state_dir: Path) -> None:
         await contents.read(0, 1)
     assert (await upload(sealed, spool))[1] == b"x" * 10 + b"y" + b"x" * 489 + b"z"
     sealed.release()
-
-
-async def test_sealed_files_laid_over_each_other_do_not_pile_up(state_dir: Path) -> None:
-    spool = open_spool(state_dir)
-    base = None
-    expected = b""
-    for number in range(3 * CHAIN_MAX):
-        contents = WritableContents(spool, ENCODING, 1, base)
-        await contents.write(contents.size, b"%d," % number)
-        expected += b"%d," % number
-        sealed = await contents.seal()
-        assert sealed.depth <= CHAIN_MAX
-        base = sealed.open()
-        sealed.release()
-    assert base is not None and await base.read(0, 1000) == expected
-    base.close()
-    assert spool.used_bytes == 0
 
 
 def files_under(folder: Path) -> list[Path]:
