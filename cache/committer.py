@@ -445,5 +445,5 @@ class Committer:
         for directory, state in self._dirty.items():
             if state.error is not None:
                 found.append((directory.path or "a directory", state.error))
-        found += [("a mutable file", r.error) for r in self.replacements.failing if r.error is not None]
+        found += [(r.name, r.error) for r in self.replacements.failing if r.error is not None]
         return found

@@ -94,15 +94,29 @@ class PendingFile:
 class Replacement:
     """New contents for a mutable file. An effect in the journal; the latest for one file is the one that counts."""
 
-    def __init__(self, cap: Cap, sealed: SealedFile, position: int) -> None:
+    def __init__(self, cap: Cap, sealed: SealedFile, position: int, name: str) -> None:
         self.cap = cap
         self.sealed = sealed
         self.position = position
+        self.name = name  # for messages
         self.size = sealed.size
+        self.unsent_bytes = sum(stop - start for start, stop in self.written())
+        self.sending = False
+        self.progress = None  # of a publish nothing is known but that it is under way
         self.error: Exception | None = None
         self.attempts = 0
         self.done = False
         self.id = 0  # in the journal
+
+    @property
+    def stage(self) -> Stage:
+        return "pushing" if self.sending else "queued"
+
+    def written(self) -> list[tuple[int, int]]:
+        """What is sent of it: everything, or in place where it was written."""
+        if self.cap.kind != "mdmf":
+            return [(0, self.size)]
+        return self.sealed.showing(self.cap).without(0, self.size)
 
     @property
     def parts(self) -> Iterable[SealedFile]:
@@ -112,5 +126,10 @@ class Replacement:
         """See `cache/replay.py` for the way back."""
         if self.done:
             return None
-        file = number_of(self.sealed)
-        return {"is": "replacement", "cap": cap_to_json(self.cap), "file": file, "position": self.position}
+        return {
+            "is": "replacement",
+            "cap": cap_to_json(self.cap),
+            "file": number_of(self.sealed),
+            "position": self.position,
+            "name": self.name,
+        }

@@ -21,7 +21,6 @@ from cache.sealed import SealedFile
 from cache.settling import Settling
 from cache.uploads import read_all
 from grid.errors import GridError
-from grid.formats.caps import Cap
 from grid.operations.changes import Changes
 
 log = logging.getLogger(__name__)
@@ -96,6 +95,7 @@ class Replacements:
                 await self._rest(storage_index)
                 async with self._turns:
                     replacement = self._latest[storage_index]
+                    replacement.sending = True
                     try:
                         with trio.fail_after(TIMEOUT_S + replacement.size / SLOW_BYTES_PER_S):
                             await self._publish(replacement)
@@ -103,6 +103,8 @@ class Replacements:
                         failure: Exception | None = error
                     else:
                         failure = None
+                    finally:
+                        replacement.sending = False
                 if self._latest[storage_index] is not replacement:
                     continue
                 if failure is None:
@@ -131,16 +133,15 @@ class Replacements:
             if cap.kind == "sdmf":
                 await node.replace(await read_all(sealed))
             else:
-                await self._change(node, cap, sealed)
+                await self._change(node, replacement, sealed)
         finally:
             sealed.release()
 
-    async def _change(self, node: Any, cap: Cap, sealed: SealedFile) -> None:
+    async def _change(self, node: Any, replacement: Replacement, sealed: SealedFile) -> None:
         """In place: where it was written, and to its size; whatever others wrote elsewhere meanwhile stays."""
         contents = sealed.open()
         try:
-            written = sealed.showing(cap).without(0, sealed.size)
-            await node.apply(Changes(written, contents.read, sealed.size))
+            await node.apply(Changes(replacement.written(), contents.read, sealed.size))
         finally:
             contents.close()
 

@@ -4,7 +4,7 @@
     {"is": "file", "cap"}                            stored since: only what is laid over it needs to know
     {"is": "change", "in", "path", "name", "kind", "position", "when", "ancestors", "target", "metadata", "keys",
      "after", "sent"}
-    {"is": "replacement", "cap", "file", "position"}
+    {"is": "replacement", "cap", "file", "position", "name"}
 
     base         null, {"cap"}, {"file": id}         in       {"cap"}, {"new": id}
     target       null, {"cap"}, {"cap", "unlinked": true}, {"file": id, "name", "mutable"}, {"new": id}
@@ -219,7 +219,8 @@ class Replay:
         file = self._files.get(row["file"])
         if not isinstance(file, SealedFile):
             raise FormatError("its contents are lost")
-        replacement = Replacement(cap_from_json(row["cap"]), file.retain(), row["position"])
+        cap, name = cap_from_json(row["cap"]), row.get("name", "a mutable file")  # older journals have none
+        replacement = Replacement(cap, file.retain(), row["position"], name)
         replacement.id = number
         self._found.replacements.append(replacement)
         self._found.position = max(self._found.position, replacement.position)

@@ -144,10 +144,10 @@ class Workspace(Tree):
         self._link(directory, name, target, metadata, position)
         return position, target, name
 
-    async def replace(self, cap: Cap, contents: WritableContents) -> Position:
+    async def replace(self, cap: Cap, contents: WritableContents, *, name: str = "a mutable file") -> Position:
         """New contents for a mutable file, in place: of an MDMF file only what was written is sent, nothing fetched.
 
-        Raises NotWriteableError, FileTooLargeError.
+        `name`: for messages. Raises NotWriteableError, FileTooLargeError.
         """
         if not cap.is_mutable or cap.is_readonly or cap.storage_index is None or cap.is_directory:
             raise NotWriteableError("not a mutable file, or not one this cap may write")
@@ -157,7 +157,7 @@ class Workspace(Tree):
         sealed = await contents.seal(complete=cap.kind != "mdmf")  # else the version it is based on may soon be gone
         position = self._journal.begin()
         self._sizes[cap.storage_index] = sealed.size
-        self._committer.replacements.add(Replacement(cap, sealed, position))
+        self._committer.replacements.add(Replacement(cap, sealed, position, name))
         return position
 
     async def size_of(self, target: Target) -> int:
@@ -255,16 +255,17 @@ class Workspace(Tree):
     def status(self) -> dict[str, Any]:
         """Plain values, for people and JSON; holds no cap."""
         committer, uploads = self._committer, self._committer.uploads
-        pending = list({**dict.fromkeys(uploads.pending()), **dict.fromkeys(committer.linking())})
+        pending: list[PendingFile | Replacement] = list(
+            dict.fromkeys(itertools.chain(uploads.pending(), committer.linking(), committer.replacements))
+        )
         shown = itertools.islice(sorted(pending, key=lambda file: file.stage == "queued"), UPLOADS_SHOWN_MAX)
-        replacements = list(committer.replacements)
         now = time.time()
         errors = [(now, path, str(error)) for path, error in committer.errors()][:ERRORS_MAX]
         errors += self._read_errors
         return {
             "pending": {
-                "files": len(pending) + len(replacements),
-                "bytes": sum(file.unsent_bytes for file in pending) + sum(r.size for r in replacements),
+                "files": len(pending),
+                "bytes": sum(file.unsent_bytes for file in pending),
                 "directories": committer.dirty_directories,
             },
             "uploads": [
@@ -274,7 +275,7 @@ class Workspace(Tree):
                     "unsent_bytes": file.unsent_bytes,
                     "stage": file.stage,
                     "shares_placed": file.progress.shares_placed if file.progress is not None else 0,
-                    "shares_total": self.encoding.n,
+                    "shares_total": self.encoding.n if isinstance(file, PendingFile) else 0,  # 0: not counted
                 }
                 for file in shown
             ],

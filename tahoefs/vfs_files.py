@@ -228,7 +228,7 @@ class FileOperations(AttributeOperations):
         )
         with opened.while_storing():
             if mutable:
-                position = await self.workspace.replace(target, contents)
+                position = await self.workspace.replace(target, contents, name=link.name)
                 if self.can_change(folder):  # its time is noted on the edge, where we may
                     position = await self.workspace.set_metadata(folder.directory, link.name, metadata)
             else:

@@ -99,7 +99,7 @@ def _upload(upload: dict[str, Any]) -> str:
     name, stage = _printable(upload["name"]), upload["stage"]
     if len(name) > NAME_CHARS_MAX:
         name = f"{name[: NAME_CHARS_MAX - 1]}…"
-    if stage == "pushing":
+    if stage == "pushing" and upload["shares_total"]:
         sent = 1 - upload["unsent_bytes"] / max(upload["bytes"], 1)
         stage = f"pushing {upload['shares_placed']} of {upload['shares_total']} shares, {sent:.0%}"
     return f"  sending   {name}  {human_bytes(upload['bytes'])}  {stage}"

@@ -264,10 +264,11 @@ async def test_new_contents_of_a_mutable_file(tmp_path: Path) -> None:
             here.client.pause()
             contents = await workspace.new_contents()
             await contents.write(0, b"new contents")
-            await workspace.replace(cap, contents)
+            await workspace.replace(cap, contents, name="by name")
             await workspace.persist()
             await here.kill(workspace)
-        async with here.process() as workspace:
+        async with here.process(evolve(QUICK, settle_s=1.0)) as workspace:
+            assert [upload["name"] for upload in workspace.status()["uploads"]] == ["by name"]
             assert await get(workspace, cap) == b"new contents"
             await workspace.wait()
             assert await here.client.fetch(cap) == b"new contents"

@@ -363,7 +363,7 @@ async def test_mutable_files_are_replaced_in_place(tmp_path: Path) -> None:
         for text in (b" and second", b" and third"):
             contents = await workspace.new_contents(cap)
             await contents.write(contents.size, text)
-            await workspace.replace(cap, contents)
+            await workspace.replace(cap, contents, name="file")
         assert await get(workspace, cap) == b"first and second and third"  # before it is there
         for server in client.servers:
             server.fail_on.clear()
@@ -373,6 +373,27 @@ async def test_mutable_files_are_replaced_in_place(tmp_path: Path) -> None:
         assert await listing(client, workspace) == {"file": cap}
         with pytest.raises(NotWriteableError):
             await workspace.replace(cap.readonly, await workspace.new_contents())
+
+
+async def test_status_shows_mutable_files_on_their_way(tmp_path: Path) -> None:
+    """By name, until they are there: resting, then being sent. Of an MDMF file what was written is on its way."""
+    async with mounted(tmp_path, evolve(QUICK, settle_s=60.0, settle_latest_s=60.0)) as (client, workspace):
+        for kind, unsent in (("sdmf", len(DATA)), ("mdmf", 9)):
+            cap = client.create_node_from_uri(await client.create_mutable_file(DATA, format=kind)).cap
+            contents = await workspace.new_contents(cap)
+            await contents.write(100, b"something")
+            await workspace.replace(cap, contents, name=f"a {kind} file")
+            shown = {"name": f"a {kind} file", "bytes": len(DATA), "unsent_bytes": unsent, "stage": "queued"}
+            assert workspace.status()["uploads"] == [{**shown, "shares_placed": 0, "shares_total": 0}]
+            assert workspace.status()["pending"] == {"files": 1, "bytes": unsent, "directories": 0}
+            async with trio.open_nursery() as nursery:
+                client.pause()
+                nursery.start_soon(workspace.wait)
+                with trio.fail_after(60):
+                    while workspace.status()["uploads"][0]["stage"] != "pushing":
+                        await trio.lowlevel.checkpoint()
+                client.resume()
+            assert workspace.status()["uploads"] == [] and workspace.status()["pending"]["files"] == 0
 
 
 async def test_writing_over_what_is_stored(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ class MemoryWorkspace:
         directory.put(name, stored, metadata)
         return position, stored, name
 
-    async def replace(self, cap: Cap, contents: MemoryContents, /) -> int:
+    async def replace(self, cap: Cap, contents: MemoryContents, /, *, name: str) -> int:
         position = await self._called("replace")
         contents.close()
         self.files[cap] = contents.pages
