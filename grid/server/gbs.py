@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
@@ -103,14 +103,15 @@ class GBSStorage:
         if not gbs.is_authorized(request.headers, self._swissnum):
             return Response(401, body=(b"Wrong Authorization header.\n",))
         try:
-            with _refusals(_DATA if route.name == "read" else ()):
-                secrets = gbs.read_secrets(request.headers, _SECRETS.get(route.name, frozenset()))
-                began = trio.current_time()
-                response = await self._endpoints[route.name](request, route, secrets)
-                SERVED_SECONDS.of(route.name).observe(trio.current_time() - began)
-                return response
+            secrets = gbs.read_secrets(request.headers, _SECRETS.get(route.name, frozenset()))
+            began = trio.current_time()
+            response = await self._endpoints[route.name](request, route, secrets)
+            SERVED_SECONDS.of(route.name).observe(trio.current_time() - began)
+            return response
         except _Refusal as refusal:
             return refusal.response
+        except (FormatError, StorageError, BodyTooLargeError, OSError) as error:
+            return _refused(error, _DATA if route.name == "read" else ())
 
     # --- endpoints
 
@@ -289,25 +290,23 @@ class _Pieces(AsyncIterator[Buffer]):
 # --- parts of requests --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _refusals(headers: Sequence[tuple[bytes, bytes]]) -> Iterator[None]:
+def _refused(error: Exception, headers: Sequence[tuple[bytes, bytes]]) -> Response:
     """What clients and storage do wrong, as statuses. What the disk says stays here: the text might hold a path."""
-    try:
-        yield
-    except (FormatError, BadRequestError) as error:
-        raise _Refusal(400, (), f"{error}\n".encode()) from None
-    except BodyTooLargeError:
-        raise _Refusal(413, headers) from None
-    except (NoSuchShareError, UploadFinishedError):
-        raise _Refusal(404, headers) from None
-    except ConflictingWriteError:
-        raise _Refusal(409, headers) from None
-    except BadWriteEnablerError:
-        raise _Refusal(401, headers) from None
-    except (StorageError, OSError) as error:  # no space, broken or other shares than expected, the disk itself
-        if not isinstance(error, DataTooLargeError):
-            log.warning("storage failed: %s", error)
-        raise _Refusal(500, headers) from None
+    match error:
+        case FormatError() | BadRequestError():
+            return Response(400, body=(f"{error}\n".encode(),))
+        case BodyTooLargeError():
+            return Response(413, headers)
+        case NoSuchShareError() | UploadFinishedError():
+            return Response(404, headers)
+        case ConflictingWriteError():
+            return Response(409, headers)
+        case BadWriteEnablerError():
+            return Response(401, headers)
+        case DataTooLargeError():
+            return Response(500, headers)
+    log.warning("storage failed: %s", error)  # no space, broken or other shares than expected, the disk itself
+    return Response(500, headers)
 
 
 async def _message(request: Request, bytes_max: int) -> bytes:

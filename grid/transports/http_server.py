@@ -69,15 +69,16 @@ class Request:
     def __init__(self, head: h11.Request, connection: _ServerConnection) -> None:
         self.method = bytes(head.method)
         self.target = bytes(head.target)
-        self.headers: Headers = tuple(head.headers)
+        self.headers: Headers = [(name.lower(), value) for name, value in head.headers.raw_items()]
         self._by_name = dict(reversed(self.headers))  # of several the first
         self._connection = connection
         chunked = b"transfer-encoding" in self._by_name
         # Of the body, as announced, which h11 has seen to be a number; None when it comes in chunks.
         self.length = None if chunked else int(self._by_name.get(b"content-length", b"0"))
         # Whether the client may send another request after this one.
-        self.keeps_connection = head.http_version >= b"1.1" and not any(
-            name == b"connection" and b"close" in value.lower() for name, value in self.headers
+        self.keeps_connection = head.http_version >= b"1.1" and not (
+            b"connection" in self._by_name
+            and any(name == b"connection" and b"close" in value.lower() for name, value in self.headers)
         )
 
     def header(self, name: bytes) -> bytes | None:
@@ -116,17 +117,24 @@ class Drain:
         for scope in self._scopes:
             scope.cancel()
 
+    def ends(self, scope: trio.CancelScope) -> None:
+        """Cancel this scope when draining begins, unless spared before."""
+        self._scopes.add(scope)
+        if self._begun:
+            scope.cancel()
+
+    def spares(self, scope: trio.CancelScope) -> None:
+        self._scopes.discard(scope)
+
     @contextmanager
-    def ending(self, deadline: float = math.inf) -> Iterator[trio.CancelScope]:
-        """What is in this block is cancelled when draining begins, or at the deadline."""
-        with trio.CancelScope(deadline=deadline) as scope:
-            if self._begun:
-                scope.cancel()
-            self._scopes.add(scope)
+    def ending(self) -> Iterator[None]:
+        """What is in this block is cancelled when draining begins."""
+        with trio.CancelScope() as scope:
+            self.ends(scope)
             try:
-                yield scope
+                yield
             finally:
-                self._scopes.discard(scope)
+                self.spares(scope)
 
     def has_ended(self, scope: trio.CancelScope) -> bool:
         """Whether it was this, and not its deadline, that cancelled a scope."""
@@ -141,38 +149,44 @@ async def serve_http(
     The stream is the caller's to close. Raises ClientGoneError when it did not end well.
     """
     drain = drain or Drain()
-    connection = _ServerConnection(stream)
-    while True:
-        request = None
-        with drain.ending(trio.current_time() + HEAD_TIMEOUT_S) as idle:
-            request = await connection.next_request()
-        if request is None:
-            if idle.cancelled_caught and not drain.has_ended(idle):
-                raise ClientGoneError("too slow")
-            return
-        keep = False
-        with trio.CancelScope() as scope:
-            keep = await connection.answer(request, handler, welcomed, scope)
-        if scope.cancelled_caught:
-            raise ClientGoneError("too slow")
-        if not keep:
-            return
+    with trio.CancelScope() as scope:
+        connection = _ServerConnection(stream, scope)
+        while True:
+            request = None
+            # A scope of its own: a request that came just as draining began is answered all the same.
+            with trio.CancelScope(deadline=trio.current_time() + HEAD_TIMEOUT_S) as idle:
+                drain.ends(idle)
+                try:
+                    request = await connection.next_request()
+                finally:
+                    drain.spares(idle)
+            if request is None:
+                if idle.cancelled_caught and not drain.has_ended(idle):
+                    raise ClientGoneError("too slow")
+                return
+            if not await connection.answer(request, handler, welcomed):
+                return
+    raise ClientGoneError("too slow")
 
 
 class _ServerConnection:
-    def __init__(self, stream: TLSStream) -> None:
+    def __init__(self, stream: TLSStream, scope: trio.CancelScope) -> None:
+        """`scope` is around the whole connection: it is cancelled when the client keeps us waiting too long."""
         self._stream = stream
+        self._scope = scope  # has a deadline whenever we wait for the client in a request
         self._h11 = _new_h11()
         self._pieces: deque[bytes] = deque()  # received, and not looked at yet
         self._body_missing: int | None = None  # bytes, of a body that h11 never sees
         self._patience_s = 0.0  # how long the client may still keep us waiting for its body
-        self._scope = trio.CancelScope()  # of the request under way: has a deadline whenever we wait for the client
         self._answered = False  # the request under way
 
     async def next_request(self) -> Request | None:
         """None when the client is finished. The caller sets the deadline."""
         self._h11, self._body_missing, self._answered = _new_h11(), None, False
         try:
+            if not self._pieces:
+                await self._receive()
+            self._feed()
             event = await self._next_event()
         except ClientGoneError:
             if self._h11.their_state is h11.IDLE and not self._h11.trailing_data[0]:
@@ -194,11 +208,8 @@ class _ServerConnection:
         if early:
             self._pieces.appendleft(early)
 
-    async def answer(
-        self, request: Request, handler: Handler, welcomed: Callable[[], object], scope: trio.CancelScope
-    ) -> bool:
-        """Whether another request may come. `scope` is around this: it is cancelled when the client is too slow."""
-        self._scope = scope
+    async def answer(self, request: Request, handler: Handler, welcomed: Callable[[], object]) -> bool:
+        """Whether another request may come."""
         try:
             response = await handler(request)
         except (ClientGoneError, trio.Cancelled):
@@ -259,11 +270,15 @@ class _ServerConnection:
             while (event := self._h11.next_event()) is h11.NEED_DATA:
                 if not self._pieces:
                     await self._receive()
-                self._h11.receive_data(self._pieces.popleft() if self._pieces else b"")
+                self._feed()
         except h11.RemoteProtocolError as error:
             await self._refuse(error.error_status_hint)
             raise ClientGoneError(f"not the HTTP we know: {error}") from None
         return event  # type: ignore[return-value]
+
+    def _feed(self) -> None:
+        """Give h11 one piece, or the end if there is none."""
+        self._h11.receive_data(self._pieces.popleft() if self._pieces else b"")
 
     async def _receive(self, wanted: int = 1) -> None:
         """Nothing comes at the end. Raises ClientGoneError."""

@@ -154,22 +154,23 @@ def path(kind: str, storage_index: bytes, *more: int | str) -> bytes:
 
 VERSION_PATH: Final = f"{PREFIX}/version".encode("ascii")
 
-_SI: Final = rf"{PREFIX}/(?P<kind>KIND)/(?P<si>[a-z2-7]{{25}}[aeimquy4])"  # the last character has two bits to spare
-_NUMBER: Final = rf"/(?P<number>[0-9]{{1,{SHARE_NUMBER_DIGITS_MAX}}})"
-_BOTH: Final = "immutable|mutable"
-# name of the endpoint: what its path looks like, and the one method it takes
-_ENDPOINTS: Final[Mapping[str, tuple[re.Pattern[str], bytes]]] = {
-    name: (re.compile(_SI.replace("KIND", kinds) + more), method)
-    for name, kinds, more, method in (
-        ("allocate", "immutable", "", b"POST"),
-        ("write", "immutable", _NUMBER, b"PATCH"),
-        ("abort", "immutable", _NUMBER + "/abort", b"PUT"),
-        ("list", _BOTH, "/shares", b"GET"),
-        ("read", _BOTH, _NUMBER, b"GET"),
-        ("corrupt", _BOTH, _NUMBER + "/corrupt", b"POST"),
-        ("lease", "lease", "", b"PUT"),
-        ("read_test_write", "mutable", "/read-test-write", b"POST"),
-    )
+_PATH: Final = re.compile(
+    rf"{PREFIX}/(?P<kind>immutable|mutable|lease)"
+    r"/(?P<si>[a-z2-7]{25}[aeimquy4])"  # the last character has two bits to spare
+    rf"(?:/(?P<number>[0-9]{{1,{SHARE_NUMBER_DIGITS_MAX}}}))?(?:/(?P<what>[a-z-]+))?"
+)
+# (kind, whether there is a share number, what follows): which endpoint each method is
+_ENDPOINTS: Final[Mapping[tuple[str, bool, str | None], Mapping[bytes, str]]] = {
+    ("immutable", False, None): {b"POST": "allocate"},
+    ("immutable", True, None): {b"PATCH": "write", b"GET": "read"},
+    ("immutable", True, "abort"): {b"PUT": "abort"},
+    ("immutable", False, "shares"): {b"GET": "list"},
+    ("immutable", True, "corrupt"): {b"POST": "corrupt"},
+    ("lease", False, None): {b"PUT": "lease"},
+    ("mutable", False, "read-test-write"): {b"POST": "read_test_write"},
+    ("mutable", True, None): {b"GET": "read"},
+    ("mutable", False, "shares"): {b"GET": "list"},
+    ("mutable", True, "corrupt"): {b"POST": "corrupt"},
 }
 
 
@@ -190,15 +191,17 @@ def find_route(method: bytes, target: bytes) -> Route:
     asked = b"GET" if method == b"HEAD" else method
     if text.encode("latin-1") == VERSION_PATH:
         return Route("version") if asked == b"GET" else Route(None, allowed=(b"GET", b"HEAD"))
-    allowed: list[bytes] = []
-    for name, (pattern, taken) in _ENDPOINTS.items():
-        if (match := pattern.fullmatch(text)) is None:
-            continue
-        if taken == asked:
-            number = int(match["number"]) if "number" in match.groupdict() else 0
-            return Route(name, match["kind"], base32.a2b(match["si"]), number)
-        allowed += (taken, b"HEAD") if taken == b"GET" else (taken,)
-    return Route(None, allowed=tuple(allowed))
+    if (match := _PATH.fullmatch(text)) is None:
+        return Route(None)
+    kind, storage_index, number, what = match.groups()
+    names = _ENDPOINTS.get((kind, number is not None, what), {})
+    if (name := names.get(asked)) is not None:
+        return Route(name, kind, base32.a2b(storage_index), int(number or 0))
+    return Route(None, allowed=tuple(each for taken in names for each in _asked_by(taken)))
+
+
+def _asked_by(method: bytes) -> tuple[bytes, ...]:
+    return (method, b"HEAD") if method == b"GET" else (method,)
 
 
 # --- ranges and types ---------------------------------------------------------------------------------------
