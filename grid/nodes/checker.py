@@ -83,7 +83,8 @@ class Checker:
         if not before.recoverable:
             return RepairResults(before, before, attempted=False, reason="too few shares are left of any version")
         try:
-            merged = await self._nodemaker.create_from_cap(cap).repair()
+            damaged = {(share.server_id, share.share_number) for share in before.corrupt}
+            merged = await self._nodemaker.create_from_cap(cap).repair(damaged=damaged)
         except NotWriteableError:
             raise
         except GridError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import builtins
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -226,21 +226,19 @@ class DirectoryNode:
         results: CheckResults = await self._file.check()
         return results
 
-    async def repair(self) -> int:
-        """Publish the newest version again, so that every share is there. If writers raced, none of what they added
-        is lost: children of the other newest versions are kept, under another name where two want the same one.
+    async def repair(self, damaged: Collection[tuple[str, int]] = ()) -> int:
+        """Make the newest version's missing shares again. If writers raced, none of what they added is lost: children
+        of the other newest versions are kept, under another name where two want the same one.
 
-        Returns how many versions were merged. Raises as MutableFileNode.repair.
+        Returns how many versions were merged. `damaged`, and what it raises: see MutableFileNode.repair.
         """
         writekey = self._writekey()
 
         def merge(tables: Sequence[bytes]) -> bytes:
             heads = [unpack_directory(table, mutable=True, writekey=writekey) for table in tables]
-            if len(heads) == 1:
-                return tables[0]
             return pack_directory(merge_entries(heads).values(), writekey=writekey)
 
-        merged: int = await self._file.repair(merge)
+        merged: int = await self._file.repair(merge, damaged)
         self.forget()
         return merged
 

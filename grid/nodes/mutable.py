@@ -26,7 +26,7 @@ from grid.errors import (
     UncoordinatedWriteError,
 )
 from grid.formats.mdmf_share import mdmf_segment_size
-from grid.formats.mutable_share import SALT_BYTES
+from grid.formats.mutable_share import SALT_BYTES, MutableHeader
 from grid.formats.segments import div_ceil
 from grid.nodes.mutable_reading import MutableAccess, MutableCap, MutableFileReader, raced
 from grid.operations.changes import Changes, Step, fits_at_once, plan, segments_at_once
@@ -34,8 +34,9 @@ from grid.operations.keys import MutableKeys
 from grid.operations.mdmf_update import PatchedVersion, can_update, prepare_update
 from grid.operations.mutable_encode import EncodedVersion, NewVersion, prepare_mdmf, prepare_sdmf
 from grid.operations.publish import publish
+from grid.operations.repair_mutable import MutableRepair
 from grid.operations.retrieve import MutableVersion, version_of
-from grid.operations.servermap import MapMode, ServerMap
+from grid.operations.servermap import MapMode, ServerMap, ShareKey
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ MAP_FRESH_S: Final = 60.0
 UPDATE_TRIES: Final = 8  # when other writers keep being faster
 BACK_OFF_S: Final = 0.25  # before the second try; e times longer for each further one, and a random part of it
 BACK_OFF_S_MAX: Final = 20.0
-REPAIR_BYTES_MAX: Final = 128 << 20  # of contents: they and all shares are in memory at once
+REPAIR_PASSES_MAX: Final = 3  # when servers fail to take shares, or more turn out damaged
+MERGE_BYTES_MAX: Final = 128 << 20  # of the contents of one of several newest versions: all are in memory at once
 
 Make = Callable[[MutableVersion, bool], Awaitable[bytes | Changes | None]]
 
@@ -87,8 +89,8 @@ class MutableFileNode(MutableFileReader):
             first = await contents.over(b"", stop)
             rest = Changes(contents.within(stop, size), contents.read, size) if stop < size else None
         async with self._lock:
-            encoded = await self._encode(first, seqnum=1, k=k, n=n)
-            version = await self._publish(encoded, None)
+            version = await self._publish(await self._encode(first, seqnum=1, k=k, n=n), None)
+            del first  # a large part of a large file: not to be held while the rest is written
             return (rest and await self._apply(rest, version, set(), must=False)) or version
 
     async def replace(self, newdata: bytes) -> None:
@@ -191,29 +193,63 @@ class MutableFileNode(MutableFileReader):
                 await trio.sleep(back_off_s * random.uniform(0.3, 1.0))
                 back_off_s = min(back_off_s * 2.718, BACK_OFF_S_MAX)
 
-    async def repair(self, merge: Callable[[Sequence[bytes]], bytes] | None = None) -> int:
-        """Publish the best version again, as a whole: missing, old and damaged shares are replaced.
+    async def repair(
+        self, merge: Callable[[Sequence[bytes]], bytes] | None = None, damaged: Collection[ShareKey] = ()
+    ) -> int:
+        """Make the best version's missing shares again, and right ones in place of old and damaged ones; others stay as
+        they are. Where writers raced, so that there are several newest versions, the best becomes the next one.
 
-        `merge` makes one contents of those of all newest versions, best first, where writers raced; without it the
-        best one stays. Returns how many versions there were. Raises NotEnoughSharesError when a newer version was
-        seen than can be recovered (it may come back with its servers), NotWriteableError when it is over
-        REPAIR_BYTES_MAX, and as update().
+        `merge` makes one contents of those of all newest versions, best first, which is then published as a whole.
+        `damaged`: shares that were found to be. Returns how many newest versions there were. Raises
+        NotEnoughSharesError when a newer version was seen than can be recovered (it may come back with its servers),
+        NotWriteableError when what is to be merged is over MERGE_BYTES_MAX, InconsistentEncodingError when the shares
+        that are there are not of one coding, and as publish().
         """
         self.check_writeable()
+        out: set[str] = set()
+        bad = set(damaged)
+        most = 1
         async with self._lock:
-            servermap = await self._make_map(MapMode.REPAIR)
-            best = servermap.best()
-            if best is None or servermap.unrecoverable_newer or self._keys is None:
-                failures = (*(bad.error for bad in servermap.bad.values()), *servermap.failures.values())
-                raise NotEnoughSharesError(best.k if best else self._access.k, 0 if best else servermap.found, failures)
-            if best.data_size > REPAIR_BYTES_MAX:
-                raise NotWriteableError(f"a mutable file over {REPAIR_BYTES_MAX} bytes cannot be repaired as a whole")
-            heads = [head for head in servermap.recoverable() if head.seqnum == best.seqnum]
-            contents = [await self._version_at(servermap, head).read_all() for head in (heads if merge else [best])]
-            data = merge(contents) if merge else contents[0]
-            seqnum = servermap.highest_seqnum + 1
-            await self._publish(await self._encode(data, seqnum=seqnum, k=best.k, n=best.n), servermap)
-            return len(heads)
+            self._map = None
+            for _ in range(REPAIR_PASSES_MAX):
+                servermap = await self._make_map(MapMode.REPAIR)
+                for key in bad & servermap.shares.keys():
+                    share = servermap.shares[key]
+                    servermap.mark_bad(share, share.corrupt("it was found damaged"))
+                best, heads = self._repairable(servermap)
+                most = max(most, len(heads))
+                if len(heads) > 1 and (merge is not None or not can_update(best)):
+                    await self._publish_anew(servermap, heads if merge else heads[:1], merge)
+                    break
+                secrets, keys, version = self._access.secrets, self._keys, self._version_at(servermap, best)
+                assert keys is not None
+                repair = MutableRepair(
+                    self._access.broker, secrets, keys, servermap, version, out, renumber=len(heads) > 1
+                )
+                await repair.run()
+                out |= repair.failed
+                bad = (bad | repair.found_bad) - repair.made
+                if not repair.failed and not repair.found_bad:
+                    break
+        return most
+
+    def _repairable(self, servermap: ServerMap) -> tuple[MutableHeader, list[MutableHeader]]:
+        """The best version, and all of its number. Raises NotEnoughSharesError."""
+        best = servermap.best()
+        if best is None or servermap.unrecoverable_newer or self._keys is None:
+            failures = (*(bad.error for bad in servermap.bad.values()), *servermap.failures.values())
+            raise NotEnoughSharesError(best.k if best else self._access.k, 0 if best else servermap.found, failures)
+        return best, [head for head in servermap.recoverable() if head.seqnum == best.seqnum]
+
+    async def _publish_anew(
+        self, servermap: ServerMap, heads: Sequence[MutableHeader], merge: Callable[[Sequence[bytes]], bytes] | None
+    ) -> None:
+        if any(head.data_size > MERGE_BYTES_MAX for head in heads):
+            raise NotWriteableError(f"versions of over {MERGE_BYTES_MAX} bytes cannot be merged")
+        contents = [await self._version_at(servermap, head).read_all() for head in heads]
+        data = merge(contents) if merge else contents[0]
+        seqnum, k, n = servermap.highest_seqnum + 1, heads[0].k, heads[0].n
+        await self._publish(await self._encode(data, seqnum=seqnum, k=k, n=n), servermap)
 
     async def _start(self, failed: set[bytes]) -> _Attempt:
         servermap = self._map
@@ -256,6 +292,7 @@ class MutableFileNode(MutableFileReader):
                 kept = b"" if changes.within(0, size) == [(0, size)] else await version.read_start(size)
                 return await self._publish_whole(await changes.over(kept, size), version, failed)
             version = await self._publish(prepared, version.servermap, failed)
+            del prepared  # not to be held while the next one is made
         return version if steps else None
 
     async def _prepare(

@@ -207,14 +207,14 @@ class _Layout:
 def _assemble(
     layout: _Layout,
     changed: Sequence[int],
-    coded: Mapping[int, CodedSegment],
+    coded: dict[int, CodedSegment],
     trees: Mapping[int, Mapping[int, bytes]],
     keys: MutableKeys,
     *,
     seqnum: int,
     signature: bytes | None,
 ) -> PatchedVersion:
-    """CPU-bound."""
+    """CPU-bound. `coded` is used up, so that its blocks are not in memory twice."""
     old, file, tree_at = layout.old, layout.file, layout.tree_at
     new_trees = {
         number: layout.new_nodes(
@@ -230,7 +230,7 @@ def _assemble(
     )
     signature = signature or keys.private.sign_pss(prefix)
     patches: dict[int, list[tuple[int, bytes]]] = {}
-    for number, nodes in new_trees.items():
+    for number in new_trees:
         head = pack_mdmf_head(
             prefix,
             public_key=keys.public_der,
@@ -242,9 +242,12 @@ def _assemble(
         )
         patches[number] = [(0, head)]
         header = parse_header(head)
-        for segment, made in coded.items():
-            offset, _ = header.salt_and_block_range(segment)
+    for segment in sorted(coded):
+        made = coded.pop(segment)
+        offset, _ = header.salt_and_block_range(segment)
+        for number in new_trees:
             patches[number].append((offset, b"".join((made.salt, made.blocks[number]))))
+    for number, nodes in new_trees.items():
         for first, count in runs_of(sorted(nodes)):
             run = pack_hashes([nodes[node] for node in range(first, first + count)])
             patches[number].append((tree_at + HASH_BYTES * first, run))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import trio
@@ -28,7 +28,7 @@ from attrs import define, field
 
 from grid import stats
 from grid.crypto import aes_ctr
-from grid.erasure import Decoder
+from grid.erasure import Buffer, Decoder
 from grid.errors import (
     CorruptShareError,
     FormatError,
@@ -135,22 +135,30 @@ class MutableVersion:
     async def get_segment(self, number: int) -> bytes:
         """One verified ciphertext segment. Raises NotEnoughSharesError."""
         header = self.header
-        began = trio.current_time()
-        salt, blocks = await self._get_blocks(number)
         size = header.segmentation.segment_bytes(number)
-        SEGMENT_BYTES.add(size)
-        SEGMENT_SECONDS.observe(trio.current_time() - began)
+        salt, blocks = await self._get_blocks(number)
 
         def decode() -> bytes:
-            numbers = sorted(blocks)[: header.k]  # lanes that end together may bring more
-            pieces = Decoder(header.k, header.n).decode([blocks[n] for n in numbers], numbers)
-            ciphertext = b"".join(pieces)[:size]
+            ciphertext = b"".join(self._decode(blocks))[:size]
             if header.format == "sdmf":
                 return ciphertext
             plaintext = aes_ctr(hashutil.datakey(salt, self._readkey), ciphertext)
             return aes_ctr(self._key(number), plaintext)
 
         return await run_cpu_work(decode, size)
+
+    async def get_pieces(self, number: int) -> tuple[bytes, Sequence[Buffer]]:
+        """One segment as it was coded: its salt, and its verified ciphertext in k pieces with the padding.
+
+        Raises NotEnoughSharesError.
+        """
+        salt, blocks = await self._get_blocks(number)
+        return salt, await run_cpu_work(lambda: self._decode(blocks), self.header.segmentation.segment_bytes(number))
+
+    def _decode(self, blocks: Mapping[int, memoryview]) -> Sequence[Buffer]:
+        """CPU-bound."""
+        numbers = sorted(blocks)[: self.header.k]  # lanes that end together may bring more
+        return Decoder(self.header.k, self.header.n).decode([blocks[number] for number in numbers], numbers)
 
     def decrypt(self, segment: int, offset: int, data: bytes | memoryview) -> bytes:
         return aes_ctr(self._key(segment), data, offset)
@@ -186,6 +194,8 @@ class MutableVersion:
     # --- blocks from shares
 
     async def _get_blocks(self, segment: int) -> tuple[bytes, dict[int, memoryview]]:
+        """Its salt, and k verified blocks or a few more. Raises NotEnoughSharesError."""
+        began = trio.current_time()
         blocks: dict[int, Block] = {}
         failures: list[Exception] = []
         tried: set[FoundShare] = set()
@@ -197,6 +207,8 @@ class MutableVersion:
             await self._race(segment, blocks, failures, tried)
         if len(blocks) < self.header.k:
             raise NotEnoughSharesError(self.header.k, len(blocks), tuple(failures))
+        SEGMENT_BYTES.add(self.header.segmentation.segment_bytes(segment))
+        SEGMENT_SECONDS.observe(trio.current_time() - began)
         salt = next(iter(blocks.values()))[0]
         return salt, {number: block for number, (_, block) in blocks.items()}
 
@@ -289,7 +301,7 @@ class MutableVersion:
         hashes = tree_nodes(header, nodes, ranges, rest)
         try:
             salt, block = header.split_salt_and_block(segment, data)
-            leaf = await run_cpu_work(lambda: _leaf(header, salt, block), len(block))
+            leaf = await run_cpu_work(lambda: block_leaf(header, salt, block), len(block))
             self._verify(share.number, segment, leaf, hashes, chain)
         except FormatError as error:
             raise share.corrupt(str(error)) from None
@@ -339,7 +351,8 @@ class MutableVersion:
         return found
 
 
-def _leaf(header: MutableHeader, salt: bytes, block: memoryview) -> bytes:
+def block_leaf(header: MutableHeader, salt: bytes, block: Buffer) -> bytes:
+    """What stands for a block in its share's block hash tree."""
     return hashutil.block_hash(block) if header.format == "sdmf" else hashutil.salted_block_hash(salt, block)
 
 
