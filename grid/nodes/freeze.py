@@ -6,7 +6,8 @@
 
 Names and metadata are kept. What cannot be in an immutable directory is left out and said: caps of unknown kinds that
 do not promise to be immutable, verify caps of mutable things, a directory inside itself. A tree that changes meanwhile
-is frozen directory by directory. Memory: the directories on the way down, and a cap for each that was frozen.
+is frozen directory by directory. Memory: the directories on the way down, a cap for each that was frozen, a few
+segments of a mutable file.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from attrs import define, field
 
 from grid.errors import WrongKindError
 from grid.formats.caps import IMM, Cap, UnknownCap
+from grid.nodes.mutable import MutableFileNode
 from grid.nodes.nodemaker import NodeMaker
 from grid.nodes.traversal import Path, visit_key
-from grid.operations.uploadables import DataUploadable
+from grid.operations.retrieve import MutableVersion
+from grid.operations.version_uploadable import VersionUploadable
 
 DEPTH_MAX: Final = 200  # directories inside each other
 
@@ -111,12 +114,15 @@ class Freezer:
         key = visit_key(cap)
         assert key is not None, "mutable files have verify caps"
         if key not in self._done:
-            data = await self._nodemaker.create_from_cap(cap).download_to_data()
-            results = await self._nodemaker.uploader.upload(DataUploadable(data, self._convergence))
-            self._done[key] = results.cap
-            self.results.copied_bytes += len(data)
+            node: MutableFileNode = self._nodemaker.create_from_cap(cap)
+            self._done[key], size = await node.use_best_version(self._upload)
+            self.results.copied_bytes += size
         self.results.copied.append(path)
         return self._done[key]
+
+    async def _upload(self, version: MutableVersion) -> tuple[Cap, int]:
+        uploadable = VersionUploadable(version, self._convergence)
+        return (await self._nodemaker.uploader.upload(uploadable)).cap, version.size
 
     def _leave_out(self, path: Path, why: str) -> None:
         self.results.left_out.append((path, why))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol, runtime_checkable
@@ -70,7 +70,7 @@ class ISyncEncryptedReadable(Protocol):
     def read_encrypted_sync(self, length: int) -> Sequence[Buffer]: ...
 
 
-class _Uploadable(ABC):
+class Keyed(ABC):
     """Parameters and key, the same for every source."""
 
     def __init__(self, convergence: bytes | None) -> None:
@@ -97,23 +97,34 @@ class _Uploadable(ABC):
 
     async def _convergent_key(self, secret: bytes) -> bytes:
         params = await self.get_all_encoding_parameters()
-        size = await self.get_size()
         hasher = hashutil.convergence_hasher(secret, params.k, params.n, params.segment_size)
+        await self._hash_contents(hasher.update)
+        return hasher.digest()[: crypto.KEY_BYTES]
+
+    @abstractmethod
+    async def get_size(self) -> int: ...
+    @abstractmethod
+    async def _hash_contents(self, update: Callable[[Buffer], None]) -> None:
+        """Give it all contents, front to back."""
+
+
+class _Uploadable(Keyed):
+    """A source that can be read by position, in a worker thread."""
+
+    async def _hash_contents(self, update: Callable[[Buffer], None]) -> None:
+        size = await self.get_size()
         for start in range(0, size, HASH_HOP_BYTES):
             stop = min(start + HASH_HOP_BYTES, size)
 
             def hash_range(start: int = start, stop: int = stop) -> None:
                 for position in range(start, stop, HASH_CHUNK_BYTES):
-                    hasher.update(self._pread(position, min(HASH_CHUNK_BYTES, stop - position)))
+                    update(self._pread(position, min(HASH_CHUNK_BYTES, stop - position)))
 
             await run_cpu_work(hash_range, stop - start)
-        return hasher.digest()[: crypto.KEY_BYTES]
 
     async def read(self, length: int) -> Sequence[Buffer]:
         return await run_cpu_work(lambda: self.read_sync(length), length)
 
-    @abstractmethod
-    async def get_size(self) -> int: ...
     @abstractmethod
     def read_sync(self, length: int) -> Sequence[Buffer]: ...
     @abstractmethod

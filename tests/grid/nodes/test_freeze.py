@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from grid.errors import NotEnoughSharesError, WrongKindError
 from grid.formats.caps import Cap, DirectoryCap, LiteralCap, UnknownCap
 from grid.nodes.freeze import DEPTH_MAX, Freezer
 from grid.nodes.nodemaker import NodeMaker
+from grid.operations.retrieve import MutableVersion
+from grid.operations.version_uploadable import SEGMENTS_AT_ONCE
 from tests.grid.nodes.test_checker import upload
 from tests.grid.nodes.test_dirnode import maker
 from tests.grid.operations.grid import noise
@@ -74,6 +78,30 @@ async def test_mutable_files_are_copied_as_they_are_now() -> None:
     children = (await nodes.create_from_cap(cap).read()).entries
     assert await nodes.create_from_cap(children["m"].cap).download_to_data() == noise(3000)
     assert children["m"].cap == children["n"].cap
+
+
+async def test_a_large_mutable_file_is_copied_a_few_segments_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of it from one version, though it is replaced in the middle."""
+    broker = MemoryBroker(10)
+    nodes = maker(broker)
+    old, new = noise(25 * 131_073), noise(24 * 131_073, 1)
+    mutable = await nodes.create_mutable_file(old, "mdmf")
+    root = await nodes.create_dirnode({"m": (mutable.cap, {})})
+    reads: list[int] = []
+    read_segments = MutableVersion.read_segments
+
+    async def watched(self: MutableVersion, numbers: Sequence[int]) -> bytes:
+        reads.append(len(numbers))
+        if len(reads) == 6:
+            await maker(broker).create_from_cap(mutable.cap).replace(new)
+        return await read_segments(self, numbers)
+
+    monkeypatch.setattr(MutableVersion, "read_segments", watched)
+    cap = await freezer(nodes).freeze(root.cap)
+    monkeypatch.undo()
+    child = (await nodes.create_from_cap(cap).read()).entries["m"].cap
+    assert await nodes.create_from_cap(child).download_to_data() == new
+    assert max(reads) <= SEGMENTS_AT_ONCE and len(reads) > 6
 
 
 async def test_what_has_to_stay_out() -> None:
