@@ -2,9 +2,11 @@
 
     <state_dir>/journal/<storage index prefix>/<slot>/lock         held with flock by the process whose journal this is
                                                      /journal.db   SQLite, in WAL mode
+                                                     /mark         how far it had got (`cache/journal_mark.py`)
                                                      /files/       the spool's (`cache/spool.py`)
     rows    id, and a JSON object sealed under a key derived from the mounted cap, with the id as context
-    meta    format (another one is refused), boot (of the machine, when the journal was opened)
+    meta    format (another one is refused), boot (of the machine, when the journal was opened),
+            sequence (how many groups of rows were written)
 
 A row is the present state of one thing (a pending change, a spool file), not an event: what is settled is deleted, so
 the journal is as long as what is unsent. Rows changed between two awaits are written in one transaction, in the order
@@ -27,11 +29,13 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
 import trio
 
+from cache.journal_mark import JournalMark
 from cache.spool import SpoolFullError
 from grid.crypto import NONCE_BYTES, seal, unseal
 from grid.errors import FormatError, GridError, NodeDirectoryError
@@ -65,7 +69,13 @@ class JournalStore:
         self._turn = trio.Lock()  # held while a thread is at the database
         self._database = self._open_database()
         self._wal_fd = os.open(path / "journal.db-wal", os.O_RDONLY | os.O_CLOEXEC)
-        self.same_boot = self._check_meta()  # has the machine run since these rows were written?
+        found = self._check_meta()
+        self._boot = _boot_id()
+        self._mark = JournalMark(path / "mark", sha256(self._boot.encode()).digest()[:16])
+        self._sequence = int(text) if (text := found.get("sequence", "")).isdecimal() else 0  # of the last group
+        self.same_boot = found.get("boot", self._boot) == self._boot  # the machine has run since the rows were written
+        self._meta_written = False
+        self.missing = max(0, self._mark.kept - self._sequence)  # groups of rows that were kept, and are not there
 
     @property
     def files(self) -> Path:
@@ -87,14 +97,11 @@ class JournalStore:
             raise
         return database
 
-    def _check_meta(self) -> bool:
+    def _check_meta(self) -> dict[str, str]:
         found = dict(self._database.execute("SELECT name, value FROM meta"))
-        if found.get("format", str(FORMAT)) != str(FORMAT):
+        if found.setdefault("format", str(FORMAT)) != str(FORMAT):
             raise JournalDamagedError(f"its format is {found['format'][:20]}, and this program writes {FORMAT}")
-        boot = _boot_id()
-        values = [("format", str(FORMAT)), ("boot", boot)]
-        self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values)
-        return bool(found.get("boot", boot) == boot)
+        return found
 
     def close(self) -> None:
         """Let go of it. A journal without rows is removed. Harmless when repeated."""
@@ -102,12 +109,14 @@ class JournalStore:
             return
         try:
             empty = self._database.execute("SELECT 1 FROM rows LIMIT 1").fetchone() is None
+            self._database.execute("PRAGMA synchronous = NORMAL")  # of what moves now from the log into the database
             self._database.close()
             if empty:
                 _remove(self.path)
         except (sqlite3.Error, OSError) as error:
             log.warning("closing the journal: %s", error)
         finally:
+            self._mark.close()
             os.close(self._wal_fd)
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -146,6 +155,7 @@ class JournalStore:
             prepare()
             _fsync_directory(self.files)
             os.fsync(self._wal_fd)
+            self._mark.note(self._sequence, self._sequence)
             if os.fstat(self._wal_fd).st_size > WAL_BYTES_MAX:
                 self._database.execute("PRAGMA synchronous = NORMAL")
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -178,11 +188,24 @@ class JournalStore:
         try:
             database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?)", puts)
             database.executemany("DELETE FROM rows WHERE id = ?", [(n,) for n, text in texts.items() if text is None])
+            self._write_meta()
             database.execute("COMMIT")
         except BaseException:
             if database.in_transaction:
                 database.execute("ROLLBACK")
             raise
+        self._sequence += 1
+        self._meta_written = True
+        self._mark.note(self._sequence)
+
+    def _write_meta(self) -> None:
+        sequence = str(self._sequence + 1)
+        if self._meta_written:
+            self._database.execute("UPDATE meta SET value = ? WHERE name = 'sequence'", (sequence,))
+            return
+        # Not before: what an earlier run of the machine left is in order only when the first group was written.
+        values = [("format", str(FORMAT)), ("boot", self._boot), ("sequence", sequence)]
+        self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values)
 
     @classmethod
     def open_slot(cls, path: Path, lock_fd: int, key: bytes) -> Self:
@@ -242,6 +265,7 @@ def _lock(path: Path) -> int | None:
 
 def _remove(path: Path) -> None:
     """An empty journal. The lock file stays: another process may have it open."""
+    (path / "mark").unlink(missing_ok=True)  # first: it must not speak of a journal that is gone
     for file in (*(path / "files").iterdir(), *(path / f"journal.db{end}" for end in ("", "-wal", "-shm"))):
         file.unlink(missing_ok=True)
 

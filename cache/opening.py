@@ -128,13 +128,13 @@ async def _resume(workspace: Workspace, journal: Journal, local: _Local) -> None
 
     restored = await trio.to_thread.run_sync(replay, local.store, local.rows, None)
     local.spool.sweep({file.file.number for file in restored.files})
-    _tell(restored, local.damaged)
+    _tell(restored, local.damaged, local.store)
     workspace.resume(restored)
     for store in await trio.to_thread.run_sync(local.abandoned):
         try:
             rows, damaged = await trio.to_thread.run_sync(store.load)
             restored = await trio.to_thread.run_sync(replay, store, rows, store.files)
-            _tell(restored, damaged)
+            _tell(restored, damaged, store)
             workspace.adopt(restored)
             await journal.flush()
             await store.clear()
@@ -142,8 +142,10 @@ async def _resume(workspace: Workspace, journal: Journal, local: _Local) -> None
             store.close()
 
 
-def _tell(restored: Restored, damaged: list[int]) -> None:
-    """Of rows that do not open. Nothing can be done with them any more."""
+def _tell(restored: Restored, damaged: list[int], store: JournalStore) -> None:
+    """Of what was lost. Nothing can be done about it any more."""
+    if store.missing:
+        restored.lost.append(f"the last {store.missing} groups of changes that were kept: the journal's end is damaged")
     if damaged:
         restored.lost.append(f"{len(damaged)} damaged entries")
         restored.stale += damaged

@@ -363,6 +363,29 @@ async def test_damaged_rows_cost_only_themselves(tmp_path: Path) -> None:
             assert len(whole) == 3
 
 
+async def test_a_damaged_end_of_the_journal_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite leaves it out without a word. What is before it is there."""
+    async with machine(tmp_path) as here:
+        async with here.process(SLOW) as workspace:
+            here.client.pause()
+            await put(workspace, workspace.root, "first", DATA)
+            await workspace.persist(flush=True)
+            await put(workspace, workspace.root, "second", DATA)
+            await workspace.persist()
+            await here.kill(workspace)
+        wal = here.slot / "journal.db-wal"
+        data = bytearray(wal.read_bytes())
+        data[-5] ^= 1
+        wal.write_bytes(data)
+        async with here.process() as workspace:
+            assert "first" in workspace.root.entries() and "second" not in workspace.root.entries()
+            (error,) = workspace.status()["errors"]
+            assert error["path"] == "the journal" and "the journal's end is damaged" in error["message"]
+            assert "the journal's end is damaged" in caplog.text
+            await workspace.wait()
+            assert set(await here.client.listing(here.root)) == {"first"}
+
+
 async def test_what_is_no_journal_of_ours_is_refused(tmp_path: Path) -> None:
     async with machine(tmp_path) as here:
         async with here.process(SLOW) as workspace:
