@@ -10,6 +10,7 @@ import filecmp
 import importlib.util
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.real.tahoe_grid import TahoeGrid
 pytestmark = [pytest.mark.interop, pytest.mark.mount]
 
 PUBLISHES_MAX = 5  # of a directory that gets many files
+VIM_SAVES = 100 if os.environ.get("TAHOEFS_SOAK") else 5
 FILES = 1000 if os.environ.get("TAHOEFS_SOAK") else 400
 
 
@@ -150,6 +152,41 @@ def test_editors_and_sed(folder: Path) -> None:
     run("sed", "-i.bak", "s/saved/kept/", text)
     assert (text.read_text(), (folder / "text.bak").read_text()) == ("kept 2\n", "saved 2\n")
     assert sorted(os.listdir(folder)) == ["text", "text.bak", "text~"]
+
+
+@pytest.mark.parametrize("backupcopy", ["no", "yes"])
+def test_vim(folder: Path, backupcopy: str) -> None:
+    """With a swap file and a backup, flushed: the old file is renamed away, or copied and written in place."""
+    vim = shutil.which("vim") or shutil.which("vim.tiny") or "vim"
+    settings = f"set nocompatible backup backupskip= backupcopy={backupcopy} swapfile updatecount=1 fsync"
+    text = folder / "text"
+    text.write_text("said 0\n" * 3000)
+    text.chmod(0o640)
+    os.setxattr(text, "user.note", b"kept")
+    for number in range(1, 1 + VIM_SAVES):
+        change = ("-c", f"%s/said {number - 1}$/said {number}/", "-c", "$normal oadded")
+        run(vim, "-es", "-u", "NONE", "-i", "NONE", "--cmd", settings, *change, "-c", "wq", text)
+        assert text.read_text() == f"said {number}\n" * 3000 + "added\n" * number
+        assert (folder / "text~").read_text() == f"said {number - 1}\n" * 3000 + "added\n" * (number - 1)
+        assert sorted(os.listdir(folder)) == ["text", "text~"]  # no swap file is left
+        assert text.stat().st_mode & 0o777 == 0o640
+    assert backupcopy == "no" or os.getxattr(text, "user.note") == b"kept"
+
+
+def test_a_file_that_vim_left_is_recovered(folder: Path) -> None:
+    """The swap file is all there is of what was typed before it was killed."""
+    vim = shutil.which("vim") or shutil.which("vim.tiny") or "vim"
+    text, recovered = folder / "text", folder / "recovered"
+    text.write_text("saved\n")
+    quiet = (vim, "-es", "-u", "NONE", "-i", "NONE", "--cmd", "set nocompatible swapsync=fsync")
+    if shutil.which(vim) is None:
+        pytest.skip("vim is not installed")
+    typed = ("-c", "normal otyped", "-c", "preserve", "-c", "!kill -KILL $PPID", text)
+    killed = subprocess.run([*map(str, (*quiet, *typed))], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(folder)) == [".text.swp", "text"] and text.read_text() == "saved\n"
+    run(*quiet, "-r", "-c", f"w! {recovered}", "-c", "q!", text)
+    assert recovered.read_text() == "saved\ntyped\n"
 
 
 def test_appending_and_writers_side_by_side(folder: Path) -> None:
