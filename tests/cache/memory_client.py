@@ -140,10 +140,13 @@ async def stored(client: MemoryClient, data: bytes) -> Cap:
 async def put(workspace: Workspace, directory: Any, name: str, data: bytes, metadata: Any = None) -> Any:
     """Write a whole file. Returns (position, target)."""
     contents = await workspace.new_contents()
-    await contents.write(0, data)
-    entry = directory.get(name)
-    over = None if entry is None else entry.target
-    position, target, _ = await workspace.store(directory, name, contents, metadata or {}, over=over)
+    try:
+        await contents.write(0, data)
+        entry = directory.get(name)
+        over = None if entry is None else entry.target
+        position, target, _ = await workspace.store(directory, name, contents, metadata or {}, over=over)
+    finally:
+        contents.close()
     return position, target
 
 
