@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.mount]
 FILE_BYTES = 200_000
 DISK_BYTES = 16 << 20  # of which the spool leaves 8 MiB free
 LIMIT_BYTES = 2 << 20
+LARGE_BYTES = 6 * LIMIT_BYTES
 
 
 @contextlib.contextmanager
@@ -116,6 +117,35 @@ def test_the_journal_is_full(real_grid: TahoeGrid, root_cap: str, mounted: Mount
         wait_until(lambda: (mount.path / "after").write_bytes(b"x" * FILE_BYTES), "room for another file")
         mount.sync()
         assert arrived(real_grid, root_cap, files | {"after": b"x" * FILE_BYTES})
+
+
+def test_a_file_larger_than_the_journal_is_changed(real_grid: TahoeGrid, root_cap: str, mounted: Mounter) -> None:
+    """Only what is written is held here, also for who comes after a kill; the rest is read from the grid to be sent."""
+    data = bytearray(content(LARGE_BYTES, 90))
+    real_grid.put_at(root_cap, "large", bytes(data))
+    options = (f"journal_size={LIMIT_BYTES}", "cache_size=4M")
+
+    def change(mount: Mount, offset: int, piece: bytes) -> None:
+        with (mount.path / "large").open("r+b") as file:
+            file.seek(offset)
+            file.write(piece)
+        data[offset : offset + len(piece)] = piece
+
+    with mounted(root_cap, *options, drain=False) as mount:
+        change(mount, LARGE_BYTES // 2, b"changed" * 200)
+        assert mount.status()["journal"]["bytes"] < LIMIT_BYTES // 4
+        mount.sync()
+        assert real_grid.get(root_cap, "large") == data
+        for number in range(30):
+            change(mount, number * 131_000, b"%d" % number)
+        assert mount.status()["journal"]["bytes"] < LIMIT_BYTES // 4
+        kill(mount)
+    unmount(mount.path, lazy=True)
+    with mounted(root_cap, *options) as mount:
+        assert (mount.path / "large").read_bytes() == data
+        mount.sync()
+        assert real_grid.get(root_cap, "large") == data == (mount.path / "large").read_bytes()
+        assert mount.status()["errors"] == []
 
 
 @pytest.mark.parametrize("place", ["tahoefs", "tahoefs/journal"])
