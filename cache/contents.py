@@ -144,7 +144,7 @@ class WritableContents:
             elif (below := self._little_below()) is not None:
                 try:
                     await self._take_over(below)
-                except SpoolFullError:  # what was written is safe all the same
+                except (SpoolFullError, OSError):  # what was written is safe all the same
                     if below.sealed.depth >= LAYERS_MAX:
                         raise
                     return
@@ -163,21 +163,30 @@ class WritableContents:
         return below
 
     async def _take_over(self, below: SealedContents) -> None:
-        """All that shows of it, so that these contents lie over what it lies over."""
+        """All that shows of it, so that these contents lie over what it lies over.
+
+        As it is now: it may be filled meanwhile, which changes what it holds and what it lies over.
+        """
         layers, beneath = self._layers, below.sealed.layers
-        moved = 0
-        for held_start, held_stop in beneath.file.spans:
-            for first, last in layers.file.spans.without(held_start, min(held_stop, layers.base_stop)):
-                for start in range(first, last, INLINE_BYTES_MAX):
-                    length = min(INLINE_BYTES_MAX, last - start)
-                    await self._spool.room(length, 0)
-                    layers.file.write(start, beneath.file.read(start, length))
-                    moved += max(length, PIECE_BYTES)
-                    if moved >= INLINE_BYTES_MAX:
-                        moved = 0
-                        await trio.lowlevel.checkpoint()
+        spans, base_stop = beneath.file.spans, beneath.base_stop
         base = None if beneath.base is None else share(beneath.base)
-        layers.base, layers.base_stop = base, min(layers.base_stop, beneath.base_stop)
+        try:
+            moved = 0
+            for held_start, held_stop in spans:
+                for first, last in layers.file.spans.without(held_start, min(held_stop, layers.base_stop)):
+                    for start in range(first, last, INLINE_BYTES_MAX):
+                        length = min(INLINE_BYTES_MAX, last - start)
+                        await self._spool.room(length, 0)
+                        layers.file.write(start, beneath.file.read(start, length))
+                        moved += max(length, PIECE_BYTES)
+                        if moved >= INLINE_BYTES_MAX:
+                            moved = 0
+                            await trio.lowlevel.checkpoint()
+        except BaseException:
+            if base is not None:
+                base.close()
+            raise
+        layers.base, layers.base_stop = base, min(layers.base_stop, base_stop)
         below.close()
 
     def close(self) -> None:

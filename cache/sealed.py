@@ -271,7 +271,7 @@ class SealedFile:
                 self.file.spans = held
                 self._digest, self._synced = None, False
                 self._note_change()
-            if layers.base is not None and not layers.missing():
+            if self.below is None and layers.base is not None:  # what is local may be in somebody's reading just now
                 base, layers.base, layers.base_stop = layers.base, None, 0
                 self._note_change()  # before the base may go
                 base.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,43 @@ async def test_a_file_that_grows_to_many_times_its_size(state_dir: Path, moved: 
     assert moved[1] < 10 * len(line) * 1000
     base.close()
     assert spool.used_bytes == 0
+
+
+async def test_merged_while_it_is_filled(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its upload fetches what it lacks, and it stands by itself from then on: in the middle of its being copied."""
+    spool = open_spool(state_dir)
+    data = bytes(range(1, 256)) * 30_000
+    contents = WritableContents(spool, ENCODING, 1, Base(data))
+    await contents.write(1 << 20, b"b" * (3 << 20))
+    first = await contents.seal()
+    contents = WritableContents(spool, ENCODING, 1, first.open())
+    await contents.write(2 << 20, b"c" * (2 << 20))
+    room, filled = spool.room, trio.Event()
+
+    async def busy(size: int, wait_s: float) -> None:
+        await room(size, wait_s)
+        if wait_s == 0:  # it is the copying that asks
+            await filled.wait()
+
+    monkeypatch.setattr(spool, "room", busy)
+    async with trio.open_nursery() as nursery:
+        done: list[SealedFile] = []
+        nursery.start_soon(seal, contents, done)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not done
+        await first.fill(spool, 1)
+        filled.set()
+    first.release()
+    reader = done[0].open()
+    assert await reader.read(0, len(data)) == data[: 1 << 20] + b"b" * (1 << 20) + b"c" * (2 << 20) + data[4 << 20 :]
+    assert done[0].depth == 1
+    reader.close()
+    done[0].release()
+    assert spool.used_bytes == 0
+
+
+async def seal(contents: WritableContents, done: list[SealedFile]) -> None:
+    done.append(await contents.seal())
 
 
 async def test_what_is_hidden_goes(state_dir: Path) -> None:
