@@ -72,9 +72,10 @@ class Freezer:
         if len(path) > DEPTH_MAX:
             raise WrongKindError(f"more than {DEPTH_MAX} directories inside each other")
         self._entered.add(key)
-        node = self._nodemaker.create_from_cap(cap)
+        node = self._nodemaker.create_from_cap(cap, keep=False)
         entries = dict((await node.read()).entries)
         node.forget()
+        del node
         children: dict[str, tuple[Cap, dict[str, Any]]] = {}
         for name in sorted(entries):
             entry = entries.pop(name)

@@ -96,8 +96,11 @@ class NodeMaker:
         self._nodes: WeakValueDictionary[Cap, Any] = WeakValueDictionary()
         self._used_last: LRUCache[Cap, Any] = LRUCache(NODES_KEPT)
 
-    def create_from_cap(self, cap: Cap | str) -> Any:
-        """MutableFileNode, ImmutableFileNode, LiteralFileNode, DirectoryNode or UnknownNode. Never fails."""
+    def create_from_cap(self, cap: Cap | str, *, keep: bool = True) -> Any:
+        """MutableFileNode, ImmutableFileNode, LiteralFileNode, DirectoryNode or UnknownNode. Never fails.
+
+        `keep` False: it is looked at once, in passing, and must not displace those that are used again and again.
+        """
         if isinstance(cap, str):
             cap = parse_cap(cap)
         if isinstance(cap, UnknownCap) or cap.is_verifier:
@@ -106,15 +109,15 @@ class NodeMaker:
             return LiteralFileNode(cap)
         node = self._nodes.get(cap)
         if node is None:
-            node = self._nodes[cap] = self._make(cap)
-        if cap.is_mutable or cap.is_directory:
+            node = self._nodes[cap] = self._make(cap, keep)
+        if keep and (cap.is_mutable or cap.is_directory):
             self._used_last[cap] = node
         return node
 
-    def _make(self, cap: Cap) -> Any:
+    def _make(self, cap: Cap, keep: bool) -> Any:
         match cap:
             case DirectoryCap(file):
-                return DirectoryNode(self, cap, self.create_from_cap(file))
+                return DirectoryNode(self, cap, self.create_from_cap(file, keep=keep))
             case CHKReadCap():
                 return ImmutableFileNode(cap, self._broker)
             case SDMFWriteCap() | SDMFReadCap() | MDMFWriteCap() | MDMFReadCap():

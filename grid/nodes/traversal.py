@@ -4,8 +4,9 @@
 
 An object is known by its verify cap, so cycles end and what is linked twice is visited once; literals, which have none,
 count wherever they are. What is still to be visited and what was seen stands in a temporary SQLite database that spills
-to a nameless file, caps and names encrypted under a key that never leaves the process. Memory: one directory's table.
-A directory that cannot be read is visited like any other, with the error. Source: deep traversal in Tahoe-LAFS 1.20.
+to a nameless file, caps and names encrypted under a key that never leaves the process. Memory: one directory's table,
+and the database's page cache, 2 MB as SQLite has it; nodes are not kept. A directory that cannot be read is visited
+like any other, with the error. Source: deep traversal in Tahoe-LAFS 1.20.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ async def walk(nodemaker: NodeMaker, root: Cap) -> AsyncGenerator[Visit, None]:
         agenda.push([((), root)])
         while (item := agenda.pop()) is not None:
             path, cap = item
-            node = nodemaker.create_from_cap(cap)
+            node = nodemaker.create_from_cap(cap, keep=False)
             try:
                 contents = await node.read()
             except GridError as error:
@@ -73,6 +74,7 @@ async def walk(nodemaker: NodeMaker, root: Cap) -> AsyncGenerator[Visit, None]:
                 continue
             finally:
                 node.forget()
+                del node
             yield Visit(path, cap, contents.size, len(contents.entries))
             children = [(name, contents.entries[name].cap) for name in sorted(contents.entries)]
             del contents

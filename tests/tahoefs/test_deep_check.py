@@ -17,7 +17,7 @@ from grid.formats.caps import Cap, CHKReadCap, LiteralCap
 from grid.nodes.checker import Checker
 from grid.nodes.nodemaker import NodeMaker
 from grid.nodes.traversal import walk
-from tahoefs.deep_check import WINDOW, DeepCheck, Totals, Wish, root_key
+from tahoefs.deep_check import OBJECTS_AT_ONCE, WINDOW, DeepCheck, Totals, Wish, root_key
 from tahoefs.progress import Progress
 from tests.grid.nodes.test_checker import holders, upload
 from tests.grid.nodes.test_dirnode import maker
@@ -27,7 +27,7 @@ from tests.memory_server import MemoryBroker
 LIT: Final = LiteralCap(b"lit")
 OBJECTS: Final = 10_000 if os.environ.get("TAHOEFS_SOAK") else 400
 PER_DIRECTORY: Final = 100
-GROWTH_BYTES_MAX: Final = 2 << 20  # nodes of directories, of which there are more; so many are kept and not all
+GROWTH_BYTES_MAX: Final = 256 << 10  # the paths of unhealthy objects, up to LISTED_MAX; nothing else may grow
 
 
 class Deep:
@@ -131,6 +131,23 @@ async def test_memory_does_not_grow_with_the_tree(tmp_path: Path, monkeypatch: p
             tracemalloc.stop()
         assert totals.checked == objects + 1 + objects // PER_DIRECTORY
     assert peaks[1] - peaks[0] < GROWTH_BYTES_MAX, peaks
+
+
+async def test_a_big_one_interrupted_and_resumed(tmp_path: Path) -> None:
+    """Twice; nothing is checked twice but what was under way."""
+    deep = Deep(tmp_path, servers=3)
+    root = await big_tree(deep.nodes, OBJECTS)
+    directories = 1 + OBJECTS // PER_DIRECTORY
+    asked = []
+    for stop_after in (OBJECTS // 3, OBJECTS // 2, None):
+        deep.nodes, deep.units = maker(deep.broker), _Counted()
+        deep.asked()
+        totals = await deep.check(root, resume=True, stop_after=stop_after)
+        asked.append(deep.asked())
+        assert stop_after is None or totals.objects == stop_after
+    assert totals.checked == totals.objects == OBJECTS + directories
+    checks = 3 * (OBJECTS + directories + 2 * OBJECTS_AT_ONCE)
+    assert all(asked) and sum(asked) <= checks + 3 * 3 * directories, "and the directories, which are walked anew"
 
 
 class _Counted(list[Any]):
