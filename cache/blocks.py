@@ -23,7 +23,9 @@ from cachetools import LRUCache
 
 from cache.connectivity import Connectivity
 from cache.disk_tier import BlockName, DiskTier
+from cache.local_segments import LocalSegments
 from grid.errors import FormatError, GridError
+from grid.formats.caps import CHKReadCap
 from grid.interfaces import IReadableSnapshot
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,15 @@ class BlockCache:
         if fetch.error is not None:
             raise fetch.error.with_traceback(None)
         return fetch.data
+
+    def local(self, cap: CHKReadCap, segment_size: int) -> LocalSegments | None:
+        """What the disk has of an immutable file; None without a disk."""
+        if self._disk is None:
+            return None
+        return LocalSegments.of(cap, segment_size, self._disk, self._note_served)
+
+    def _note_served(self, count: int) -> None:
+        self.hits += count
 
     def prefetch(self, owner: object, snapshot: IReadableSnapshot, number: int, size: int) -> bool:
         """Begin to fetch a segment for read-ahead's `owner`, if it is not here. False: too much is under way."""

@@ -78,6 +78,14 @@ class DiskTier:
                 return record
         return None
 
+    def has(self, name: BlockName) -> bool:
+        """Is it on the disk? Blocks, and may be called from any thread; so does `read_into`."""
+        return self._store.has(name.key)
+
+    def read_into(self, name: BlockName, buffer: memoryview) -> Record | None:
+        """What is on the disk, at the front of `buffer`; None when there is nothing, or it does not fit."""
+        return self._store.get(name.key, name.secret, buffer)
+
     def put(self, name: BlockName, segment_size: int, payload: bytes | memoryview) -> bool:
         """Keep it, soon. False: too much waits to be written."""
         size = len(payload)

@@ -7,9 +7,10 @@ from typing import Final
 import trio
 
 from cache.blocks import BlockCache
+from cache.local_segments import LocalSegments
 from cache.readahead import ReadAhead
 from grid.errors import FormatError
-from grid.formats.caps import Cap
+from grid.formats.caps import Cap, CHKReadCap
 from grid.formats.segments import div_ceil
 from grid.interfaces import IReadableSnapshot
 
@@ -26,6 +27,7 @@ class SnapshotContents:
         self._ahead = ReadAhead()
         self._begun = 0  # read-ahead of all segments below is under way, or done
         self._segment_size = 0
+        self._local: LocalSegments | None = None
         self._asking = trio.Lock()  # held while the grid is asked for the segment size, the first time only
 
     @property
@@ -59,6 +61,12 @@ class SnapshotContents:
                 break
             self._begun = number + 1
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def local(self) -> LocalSegments | None:
+        """For reading ahead what the local disk has. None: it may change, or too little is known of it yet."""
+        if self._local is None and self._segment_size and isinstance(self.cap, CHKReadCap):
+            self._local = self._blocks.local(self.cap, self._segment_size)
+        return self._local
 
     async def warm(self) -> None:
         """Have the first segment in the cache: of a small file that is all of it."""

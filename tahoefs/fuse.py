@@ -326,14 +326,23 @@ async def serve(
     """
     operations = TahoeOperations(vfs, options)
     pyfuse3.init(operations, str(mountpoint), fuse_arguments(options, label, read_only=vfs.read_only))
+    answering = trio.CancelScope(shield=True)  # so that requests are answered until no thread is at the kernel's pages
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_tell_kernel, vfs)
 
+            async def push() -> None:
+                try:
+                    await vfs.pusher.run(_store_pages)
+                finally:
+                    answering.cancel()
+
             async def answer() -> None:
-                await pyfuse3.main(max_tasks=TASKS_MAX)
+                with answering:
+                    await pyfuse3.main(max_tasks=TASKS_MAX)
                 nursery.cancel_scope.cancel()
 
+            nursery.start_soon(push)
             nursery.start_soon(answer)
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
@@ -342,6 +351,11 @@ async def serve(
         pyfuse3.close(unmount=True)
         with trio.move_on_after(CLOSING_TIMEOUT_S, shield=True):
             await vfs.store_all()
+
+
+def _store_pages(number: int, offset: int, data: memoryview) -> None:
+    """In a worker thread. Raises OSError: ENOENT when the kernel has forgotten the inode."""
+    pyfuse3.notify_store(number, offset, data)  # type: ignore[arg-type]  # any buffer will do
 
 
 async def _tell_kernel(vfs: VFS) -> None:

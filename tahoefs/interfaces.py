@@ -6,8 +6,8 @@ A *target* is what a name refers to: a cap, a pending file (sealed local content
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from grid.formats.caps import Cap
 
@@ -65,6 +65,26 @@ class IContents(Protocol):
     def size(self) -> int: ...
     async def read(self, offset: int, length: int, /) -> bytes: ...
     def close(self) -> None: ...
+
+
+class ILocalSegments(Protocol):
+    """What the local disk has of an immutable file; `cache.local_segments` says what each promises."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def segment_size(self) -> int: ...
+    @property
+    def note_served(self) -> Callable[[int], None]: ...
+    def has(self, number: int, /) -> bool: ...
+    def read_into(self, number: int, buffer: memoryview, /) -> int: ...
+
+
+@runtime_checkable
+class ILocalContents(IContents, Protocol):
+    """Contents of which the local disk may have much, or all."""
+
+    def local(self) -> ILocalSegments | None: ...
 
 
 class IWritableContents(IContents, Protocol):

@@ -23,7 +23,7 @@ from attrs import define, field, frozen
 
 from tahoefs.errnos import FSError
 from tahoefs.inodes import Inode
-from tahoefs.interfaces import IContents, IWorkspace, IWritableContents, Target
+from tahoefs.interfaces import IContents, ILocalContents, ILocalSegments, IWorkspace, IWritableContents, Target
 from tahoefs.targets import cap_of
 
 FILE_BYTES_MAX: Final = 1 << 50  # ours: far above any grid, and far below where offset arithmetic ends
@@ -38,6 +38,7 @@ class OpenFile:
     dirty: bool = False  # there is something to store; also true of a new file nothing was written to
     written_ns: int | None = None  # mtime of what is not stored yet
     writable: IWritableContents | None = None
+    changing: int = 0  # truncations under way or about to begin, also by whom no handle counts as a writer
     storing: bool = False  # `writable` is being sealed: reads wait for what comes of it
     lock: trio.Lock = field(factory=trio.Lock)
     _reader: IContents | None = None
@@ -51,6 +52,12 @@ class OpenFile:
     def size(self) -> int | None:
         """Bytes as a reader would find them now; None when only the stored contents know."""
         return self._source.size if self._source is not None else None
+
+    def local_segments(self) -> ILocalSegments | None:
+        """What the local disk has of the stored contents, while nobody can change them."""
+        if self.writers or self.changing or self.writable is not None:
+            return None
+        return self._reader.local() if isinstance(self._reader, ILocalContents) else None
 
     async def read(self, offset: int, length: int) -> bytes:
         while True:
@@ -97,6 +104,14 @@ class OpenFile:
         """
         if self.writable is None and cap_of(self.inode.target) is None:
             self._take(await self.workspace.new_contents(self.inode.target))
+
+    @contextmanager
+    def while_changing(self) -> Iterator[None]:
+        self.changing += 1
+        try:
+            yield
+        finally:
+            self.changing -= 1
 
     @contextmanager
     def while_storing(self) -> Iterator[None]:

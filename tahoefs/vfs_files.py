@@ -13,6 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from grid.errors import GridError
@@ -21,6 +22,7 @@ from tahoefs.errnos import FSError
 from tahoefs.inodes import Folder, Inode, Link, usual_number
 from tahoefs.interfaces import Caller, Position
 from tahoefs.open_files import Handle, OpenFile
+from tahoefs.pushing import PagePusher
 from tahoefs.targets import Kind, cap_of, failed, is_mutable_file, same_contents
 from tahoefs.vfs_attributes import AttributeOperations, Changes, Stat
 from tahoefs.vfs_core import Invalidation, View
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class FileOperations(AttributeOperations):
+    @cached_property
+    def pusher(self) -> PagePusher:
+        return PagePusher(self._let_go)
+
     async def open(self, number: int, flags: int, caller: Caller) -> tuple[int, bool]:
         """Return (handle, may the kernel keep the pages it has of this file?)."""
         inode = self.inode(number)
@@ -58,8 +64,11 @@ class FileOperations(AttributeOperations):
         handle = Handle(opened, flags)
         opened.writers += handle.writes
         try:
-            if flags & os.O_TRUNC:
-                await self._truncate(opened, 0)
+            if handle.writes or flags & os.O_TRUNC:
+                with opened.while_changing():
+                    await self.pusher.quiet(opened)
+                    if flags & os.O_TRUNC:
+                        await self._truncate(opened, 0)
         except BaseException:
             opened.writers -= handle.writes
             self._let_go(inode, opened)
@@ -74,6 +83,7 @@ class FileOperations(AttributeOperations):
 
     def _let_go(self, inode: Inode, opened: OpenFile) -> None:
         opened.handles -= 1
+        self.pusher.left(opened)
         if opened.handles == 0:
             inode.opened = None
             opened.close()
@@ -87,11 +97,15 @@ class FileOperations(AttributeOperations):
         opened = self.file_handle(number).opened
         if offset == 0 and opened.writable is None:
             self._look_ahead(opened.inode)
+        if (page := await self.pusher.page(opened, offset, length)) is not None:
+            return page
         try:
-            return await opened.read(offset, length)
+            data = await opened.read(offset, length)
         except GridError as error:
             self.workspace.note_error(self.path_of(opened.inode), error)
             raise
+        await self.pusher.note(opened, offset, len(data))
+        return data
 
     def _look_ahead(self, inode: Inode) -> None:
         """A file begins to be read. If that looks like the directory being read through, have the next ones fetched."""
@@ -138,7 +152,9 @@ class FileOperations(AttributeOperations):
         self._require_open(inode, self.view(inode), caller, writing=True)
         opened = self._use(inode)
         try:
-            await self._truncate(opened, size)
+            with opened.while_changing():
+                await self.pusher.quiet(opened)
+                await self._truncate(opened, size)
             position = None if opened.writers else await self.store(inode)
         finally:
             self._let_go(inode, opened)

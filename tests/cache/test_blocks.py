@@ -20,7 +20,8 @@ from cache.readahead import START_SEGMENTS, WINDOW_BYTES_MAX, ReadAhead
 from cache.snapshots import SnapshotContents
 from grid.crypto import aes_ctr
 from grid.errors import NotEnoughSharesError
-from grid.formats.caps import LiteralCap
+from grid.formats.caps import CHKReadCap, LiteralCap
+from grid.nodes.immutable import cache_secret_of
 
 KEY = bytes(range(16))
 CAP = LiteralCap(b"")  # of no consequence
@@ -246,6 +247,37 @@ async def test_what_was_read_is_on_the_disk(tmp_path: Path, part: tuple[int, int
 
 class Other(Unreachable):
     cache_secret = b"?" * 32
+
+
+def _damage(folder: Path) -> None:
+    (pack,) = folder.rglob("*.pack")
+    data = bytearray(pack.read_bytes())
+    data[4000] ^= 1
+    pack.write_bytes(data)
+
+
+async def test_threads_read_what_is_on_the_disk_by_whole_segments(tmp_path: Path, nursery: trio.Nursery) -> None:
+    cap = CHKReadCap(KEY, bytes(32), 3, 10, len(DATA))
+    snapshot = Snapshot(DATA, 1001)
+    snapshot.cache_secret = cache_secret_of(cap)
+    buffer = memoryview(bytearray(1010))
+    async with _disk(tmp_path) as disk:
+        contents = SnapshotContents(cap, snapshot, BlockCache(nursery, 5000, disk))
+        assert contents.local() is None, "the segment size is not known yet"
+        await contents.read(0, 8000)
+        await disk.written(BlockName.of(snapshot.cache_secret, b"", 7))
+        local = contents.local()
+        assert local is not None and (local.size, local.segment_size) == (len(DATA), 1001)
+        for number in range(8):
+            assert local.has(number) and local.read_into(number, buffer) == 1001
+            assert buffer[:1001] == DATA[number * 1001 :][:1001]
+        assert not local.has(8) and local.read_into(8, buffer) == 0
+        await contents.read(9500, 100)  # the last segment, which is shorter
+        await disk.written(BlockName.of(snapshot.cache_secret, b"", 9))
+        assert buffer[: local.read_into(9, buffer)] == DATA[9009:]
+        _damage(tmp_path)
+        assert [local.read_into(number, buffer) > 0 for number in range(6)].count(False) == 1, "the damaged one"
+        assert SnapshotContents(CAP, snapshot, BlockCache(nursery, 5000, disk)).local() is None, "not immutable"
 
 
 async def test_a_disk_that_is_slower_than_the_grid_is_left_out(tmp_path: Path) -> None:

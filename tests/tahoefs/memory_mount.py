@@ -1,7 +1,8 @@
 """A process that mounts the VFS over the twin in memory: `python -m tests.tahoefs.memory_mount DIR [-o OPTIONS]`.
 
 Says "ready" on standard output once the kernel answers; ends when unmounted or on SIGTERM, with a line of JSON that
-counts faults. Names that begin with `fault-` or `hang-` make their lookup raise, or never answer. The root holds:
+counts faults, and bytes pushed into the page cache. Names that begin with `fault-` or `hang-` make their lookup raise,
+or never answer. The root holds:
 
     dir-immutable/file    dir-readonly/file    mutable.txt    mutable-readonly.txt    unknown    literal.txt
 
@@ -25,11 +26,12 @@ from pathlib import Path
 
 import trio
 
-from cache import Directory, Workspace, WorkspaceOptions, open_workspace
+from cache import Directory, Workspace, WorkspaceOptions, open_disk, open_workspace
 from grid.formats.caps import DirectoryCap, LiteralCap, SDMFReadCap, SDMFWriteCap, UnknownCap
 from tahoefs import fuse
 from tahoefs.interfaces import IWorkspace
 from tahoefs.options import MountOptions
+from tahoefs.pushing import PUSHED_BYTES
 from tahoefs.targets import is_directory
 from tahoefs.vfs import VFS, Stat
 from tests.cache.memory_client import memory_client
@@ -80,10 +82,12 @@ async def run_real(mountpoint: str, options: MountOptions) -> None:
         poll_s=options.poll_s, durability=options.durability, settle_s=0.05, publish_quiet_s=0.05
     )
     with tempfile.TemporaryDirectory() as state:
-        async with memory_client() as (client, root):
+        async with memory_client() as (client, root), open_disk(Path(state) / "cache", settings.cache_bytes) as disk:
             counts, again = Counter[str](), True
             while again:
-                async with open_workspace(client, root, state_dir=Path(state), options=settings) as workspace:
+                async with open_workspace(
+                    client, root, state_dir=Path(state), options=settings, disk=disk
+                ) as workspace:
                     told, again = await serve_until_told(mountpoint, options, workspace)
                     with trio.fail_after(DRAIN_TIMEOUT_S):
                         await workspace.drain()
@@ -112,7 +116,7 @@ async def serve_until_told(
     mountpoint: str, options: MountOptions, workspace: IWorkspace
 ) -> tuple[dict[str, int], bool]:
     """What is counted at the end, and whether to mount again."""
-    again = False
+    again, pushed = False, PUSHED_BYTES.value
     vfs = FaultyVFS(workspace, options=options)
     async with trio.open_nursery() as nursery:
 
@@ -127,6 +131,7 @@ async def serve_until_told(
                 again = number == signal.SIGHUP
                 nursery.cancel_scope.cancel()
     counts = {"faults": vfs.faults, "timeouts": vfs.timeouts, "inodes": len(vfs.table), "handles": len(vfs.handles)}
+    counts["pushed"] = int(PUSHED_BYTES.value - pushed)
     return counts, again
 
 
