@@ -21,6 +21,9 @@ from cache.layers import Contents
 from cache.opening import open_workspace
 from cache.options import WorkspaceOptions
 from cache.pending import PendingFile
+from cache.pin_list import Pin
+from cache.pin_store import PinsFullError
+from cache.pins import Pins
 from cache.spool import SpoolFullError
 from cache.tree import Position
 from cache.workspace import Workspace
@@ -33,6 +36,9 @@ __all__ = [
     "FileTooLargeError",
     "JournalFullError",
     "PendingFile",
+    "Pin",
+    "Pins",
+    "PinsFullError",
     "Position",
     "SpoolFullError",
     "Target",

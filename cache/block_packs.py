@@ -32,6 +32,7 @@ MAGIC: Final = b"TFb2"
 HEADER: Final = struct.Struct(">4sIQ32s16s16s")
 SALT_BYTES: Final = 16
 PACK_NUMBER_MAX: Final = (1 << 32) - 1
+RESUME_TRIES: Final = 8  # packs looked at for one to go on with
 _CODED_BYTES: Final = HEADER.size - 16
 _NAME: Final = re.compile(r"([0-9a-f]{8})\.pack")
 
@@ -162,3 +163,35 @@ class OpenPack:
             done, rest = done + written, rest[written:]
         self.size += wanted
         return offset
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fewer bytes at the end. Raises OSError."""
+        return os.pread(self._fd, length, offset)
+
+    def flush(self) -> None:
+        """Have all that was appended on the disk. Raises OSError."""
+        os.fdatasync(self._fd)
+
+
+def resume_pack(folder: Path, packs: dict[int, int], room: int, pack_bytes: int) -> OpenPack | None:
+    """One of `packs` that a process which is gone left with `room` bytes to spare. Raises OSError."""
+    for number in [*reversed(packs)][:RESUME_TRIES]:
+        if packs[number] + room <= pack_bytes:
+            pack = OpenPack.resume(folder, number)
+            if pack is not None and not pack.gone:
+                return pack
+            if pack is not None:
+                pack.close()
+    return None
+
+
+def create_pack(folder: Path, packs: dict[int, int]) -> OpenPack:
+    """An empty one, younger than all `packs`. Raises OSError."""
+    number = max(packs, default=0)
+    while number < PACK_NUMBER_MAX:
+        number += 1
+        try:
+            return OpenPack.create(folder, number)
+        except FileExistsError:
+            continue  # another process took it
+    raise OSError("the block cache has used up its numbers")

@@ -12,7 +12,8 @@ Records prove themselves at every read, so a crash, a flipped bit or a removed f
 bytes. Nothing is flushed, and nothing has to be: what a power cut takes is fetched again.
 
 All processes with this node directory share it: each appends to a pack of its own and reads all. The bound counts
-every pack as full, so it holds whoever writes. A record is never over a quarter of it.
+every pack as full, so it holds whoever writes. A record is never over a quarter of it. What is pinned
+(`cache/pin_store.py`) counts within it: this store gives way to that one.
 
 Plain blocking code, for worker threads: `get` and `put` may be called from several at once; `_writing` is held over
 one append, and over the eviction that it may need.
@@ -25,6 +26,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
@@ -35,10 +37,12 @@ from cache.block_packs import (
     PACK_NUMBER_MAX,
     OpenPack,
     Record,
+    create_pack,
     encode,
     list_packs,
     pack_path,
     read_at,
+    resume_pack,
     walk,
 )
 
@@ -52,15 +56,18 @@ PACKS: Final = 32  # the bound is about so many packs, so that evicting one is a
 RECORD_BYTES_USUAL: Final = 4 << 10  # the index has room for records of this size on average
 RECORD_BYTES_MAX: Final = 256 << 20  # with its header
 RESCUE_SHARE: Final = 0.5  # of a pack that goes: kept, if it was read since it was written
-RESUME_TRIES: Final = 8  # packs looked at for one to go on with
 EVICTIONS_MAX: Final = 64  # packs in one step: more than one when the bound was lowered, or the disk is full
 
 
 class BlockStore:
     """Records by key (32 bytes). `secret` is what proves that a record was made by somebody who may read it."""
 
-    def __init__(self, path: Path, limit_bytes: int, index: BlockIndex) -> None:
+    def __init__(
+        self, path: Path, limit_bytes: int, index: BlockIndex, beside: Callable[[int], int] = lambda pack_bytes: 0
+    ) -> None:
+        """`beside`: bytes that others hold within the same bound, each of their packs counted as full."""
         self.limit_bytes = limit_bytes
+        self._beside = beside
         self._path = path
         self._index = index
         self._old_index: BlockIndex | None = None  # until the next one: a reader may be at it
@@ -70,10 +77,10 @@ class BlockStore:
         self._used_bytes = sum(list_packs(path).values())
 
     @classmethod
-    def open(cls, cache_dir: Path, limit_bytes: int) -> Self:
+    def open(cls, cache_dir: Path, limit_bytes: int, beside: Callable[[int], int] = lambda pack_bytes: 0) -> Self:
         """The store in `cache_dir`, made if there is none; other versions' are removed. Raises OSError."""
         path = cache_dir / FORMAT
-        return cls(path, limit_bytes, _open_index(path, limit_bytes))
+        return cls(path, limit_bytes, _open_index(path, limit_bytes), beside)
 
     def close(self) -> None:
         with self._writing:
@@ -88,6 +95,11 @@ class BlockStore:
     def used_bytes(self) -> int:
         """On the disk, by all processes, as of the last look; exact for what this one writes."""
         return self._used_bytes
+
+    @property
+    def pack_bytes(self) -> int:
+        """What a pack may have, but for one with a single larger record."""
+        return self._pack_bytes
 
     @property
     def record_bytes_max(self) -> int:
@@ -132,6 +144,34 @@ class BlockStore:
                 log.warning("the block cache cannot be written: %s", error)
                 return False
 
+    # --- for what is pinned
+
+    def give_way(self, size: int) -> bool:
+        """Have room for a pack of `size` bytes beside this store. False: not on this disk. Raises OSError."""
+        with self._writing:
+            self._evict(list_packs(self._path), size)
+            return self._make_room_on_disk(size)
+
+    def adopt(self, pack: Path, records: Iterable[tuple[bytes, int, int]]) -> None:
+        """Take over a pack of another store that nobody appends to, with its (key, offset, payload bytes) that count.
+
+        Raises OSError.
+        """
+        with self._writing:
+            number = max(list_packs(self._path), default=0) + 1
+            while True:
+                if number > PACK_NUMBER_MAX:
+                    raise OSError("the block cache has used up its numbers")
+                try:
+                    pack_path(self._path, number).hardlink_to(pack)
+                    break
+                except FileExistsError:  # another process took it
+                    number += 1
+            pack.unlink()
+            for key, offset, length in records:
+                self._index.put(key, number, offset, length)
+            self._evict(list_packs(self._path), 0)
+
     # --- writing, with the lock held
 
     def _append(self, key: bytes, head: bytes, payload: bytes | memoryview) -> bool:
@@ -159,38 +199,18 @@ class BlockStore:
                 self._old_index.close()
             self._old_index, self._index = self._index, _open_index(self._path, self.limit_bytes)
         packs = list_packs(self._path)
-        if starting and (resumed := self._resume_pack(packs, size)) is not None:
+        if starting and (resumed := resume_pack(self._path, packs, size, self._pack_bytes)) is not None:
             self._pack = resumed
             return
         rescued = self._evict(packs, size)
-        self._pack = self._create_pack(packs)
+        self._pack = create_pack(self._path, packs)
         for key, head, payload in rescued:
             self._write(key, head, payload)
 
-    def _resume_pack(self, packs: dict[int, int], size: int) -> OpenPack | None:
-        """One that was left with room by a process that is gone."""
-        for number in [*reversed(packs)][:RESUME_TRIES]:
-            if packs[number] + size <= self._pack_bytes:
-                pack = OpenPack.resume(self._path, number)
-                if pack is not None and not pack.gone:
-                    return pack
-                if pack is not None:
-                    pack.close()
-        return None
-
-    def _create_pack(self, packs: dict[int, int]) -> OpenPack:
-        number = max(packs, default=0)
-        while number < PACK_NUMBER_MAX:
-            number += 1
-            try:
-                return OpenPack.create(self._path, number)
-            except FileExistsError:
-                continue  # another process took it
-        raise OSError("the block cache has used up its numbers")
-
     def _evict(self, packs: dict[int, int], size: int) -> list[tuple[bytes, bytes, bytes]]:
         """Make room for a pack that begins with a record of `size` bytes. Returns what gets a second chance."""
-        limit, room = self.limit_bytes - self._index.disk_bytes, max(self._pack_bytes, size)
+        limit = self.limit_bytes - self._index.disk_bytes - self._beside(self._pack_bytes)
+        room = max(self._pack_bytes, size)
         budget = int(min(self._pack_bytes * RESCUE_SHARE, self._pack_bytes - size))
         rescued: list[tuple[bytes, bytes, bytes]] = []
         for number in list(packs)[:EVICTIONS_MAX]:
@@ -231,10 +251,9 @@ class BlockStore:
         """Is there more than FREE_BYTES_MIN left after `size` bytes? What we have gives way first."""
         if self._free_bytes() - size >= FREE_BYTES_MIN:
             return True
-        assert self._pack is not None
         packs = list_packs(self._path)
         for number in list(packs)[:EVICTIONS_MAX]:
-            if number != self._pack.number:
+            if self._pack is None or number != self._pack.number:
                 self._remove(packs, number)
                 if self._free_bytes() - size >= FREE_BYTES_MIN:
                     break

@@ -78,9 +78,14 @@ class Kept:
         kept = await self._get(cap, LISTING_NUMBER)
         return None if kept is None else await self._unpack(cap, kept)
 
+    async def kept_version(self, cap: DirectoryCap) -> bytes | None:
+        """Which version of the listing was seen last."""
+        kept = await self._get(cap, LISTING_NUMBER)
+        return None if kept is None else _version(kept)
+
     async def note_directory(self, cap: DirectoryCap, contents: DirectoryContents, *, wait: bool = False) -> None:
         """This was seen on the grid, or put there. `wait`: until it survives the end of this process."""
-        key = _read_key(cap)
+        key = read_key(cap)
         if self._disk is None or key is None:
             return
         writekey = getattr(cap.file, "writekey", None)
@@ -93,7 +98,7 @@ class Kept:
             await self._disk.written(name)
 
     async def _unpack(self, cap: DirectoryCap, kept: memoryview) -> DirectoryContents:
-        key, version = _read_key(cap), _version(kept)
+        key, version = read_key(cap), _version(kept)
         assert key is not None
         writekey = getattr(cap.file, "writekey", None)
 
@@ -120,13 +125,13 @@ class Kept:
                 raise
             snapshot = node.version_of_prefix(bytes(kept))
             return snapshot
-        key = _read_key(cap)
+        key = read_key(cap)
         if self._disk is not None and key is not None:
             self._disk.put(_name(key, VERSION_NUMBER), 1, snapshot.header.signed_prefix)
         return snapshot
 
     async def _get(self, cap: Cap, number: int) -> memoryview | None:
-        key = _read_key(cap)
+        key = read_key(cap)
         if self._disk is None or key is None:
             return None
         record = await self._disk.get(_name(key, number))
@@ -148,7 +153,19 @@ def _before_mount(client: Any, disk: DiskTier | None) -> Kept:
     return Kept(client, disk, Connectivity(client.broker, 1))
 
 
-def _read_key(cap: Cap) -> bytes | None:
+def listing_name(cap: DirectoryCap) -> BlockName | None:
+    """Under which the directory's listing is kept; None when all of it stands in the cap."""
+    key = read_key(cap)
+    return None if key is None else _name(key, LISTING_NUMBER)
+
+
+def version_name(cap: Cap) -> BlockName | None:
+    """The same of a mutable file's version."""
+    key = read_key(cap)
+    return None if key is None else _name(key, VERSION_NUMBER)
+
+
+def read_key(cap: Cap) -> bytes | None:
     """What every cap that can read it can tell; None when nothing of it is on the grid."""
     file = cap.file.readonly if isinstance(cap, DirectoryCap) else cap.readonly
     match file:

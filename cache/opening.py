@@ -1,6 +1,7 @@
 """Opening a workspace: what is on the local disk for it is found, and what a process before this one left goes on.
 
     <state_dir>/journal/<prefix of the root's storage index>/<slot>/   what is unsent (`cache/journal_store.py`)
+               pins/<the same prefix>.pins                             what is pinned (`cache/pin_list.py`)
 
 Who holds a read cap only can send nothing, and has no journal.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,13 @@ import trio
 from cache.disk_tier import DiskTier
 from cache.journal import Journal
 from cache.journal_store import JournalStore, Row, abandoned_stores, open_store
+from cache.kept import read_key
 from cache.options import WorkspaceOptions
+from cache.pin_list import PinList
 from cache.replay import Replay, Restored
 from cache.spool import Spool
 from cache.workspace import Workspace
-from grid.errors import GridError, WrongKindError
+from grid.errors import GridError, NodeDirectoryError, WrongKindError
 from grid.formats.base32 import b2a
 from grid.formats.caps import Cap, DirectoryCap
 from grid.formats.hashutil import tagged_hash
@@ -46,10 +49,12 @@ async def open_workspace(
     state_dir: Path,
     options: WorkspaceOptions | None = None,
     disk: DiskTier | None = None,
+    above: Sequence[DirectoryCap] = (),
 ) -> AsyncIterator[Workspace]:
     """A workspace over the directory `root`, for as long as the context lasts. Needs no grid to open.
 
-    `disk`: from `open_disk`, which outlives this; None: cached in memory only.
+    `disk`: from `open_disk`, which outlives this; None: cached in memory only. `above`: the directories by which the
+    root was found, to be found by them again without the grid while something is pinned.
 
     Leaving it leaves what is not on the grid in the journal, for whoever opens the same root again: `drain` first if
     that is not wanted. Raises WrongKindError when `root` is no directory, NodeDirectoryError when `state_dir` cannot
@@ -67,6 +72,9 @@ async def open_workspace(
                 journal = Journal(PENDING_CHANGES_MAX, local.store)
                 workspace = Workspace(nursery, client, root, local.spool, journal, disk, options)
                 await _resume(workspace, journal, local)
+                if disk is not None and (pins := await trio.to_thread.run_sync(_pins_of, state_dir, root)) is not None:
+                    stack.callback(pins.close)
+                    workspace.keep_pins(pins, b2a(root.storage_index or b"")[:PREFIX_CHARACTERS], above)
                 yield workspace
             except trio.Cancelled:
                 raise
@@ -77,6 +85,19 @@ async def open_workspace(
             await _finish(journal, local.spool)
     if failure is not None:
         raise failure
+
+
+def _pins_of(state_dir: Path, root: DirectoryCap) -> PinList | None:
+    """What is pinned of `root`; None for a root of which nothing is on the grid. Raises NodeDirectoryError."""
+    key = read_key(root)
+    if key is None or root.storage_index is None:
+        return None
+    pins = PinList(state_dir, b2a(root.storage_index)[:PREFIX_CHARACTERS], key)
+    try:
+        pins.load()
+    except OSError as error:
+        raise NodeDirectoryError(f"cannot read what is pinned, in {state_dir}/pins: {error.strerror}") from None
+    return pins
 
 
 async def _finish(journal: Journal, spool: Spool) -> None:

@@ -67,6 +67,7 @@ class Tree:
         options: WorkspaceOptions,
     ) -> None:
         k, happy, n = client.node.encoding
+        self._nursery = nursery
         self._client = client
         self._spool = spool
         self._options = options

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import trio
@@ -22,6 +22,8 @@ from cache.contents import WritableContents
 from cache.directories import Directory, Kind, Target, cap_of
 from cache.layers import BytesContents, Contents, LiveContents
 from cache.pending import PendingFile, Replacement
+from cache.pin_list import PinList
+from cache.pins import Pins
 from cache.prefetch import is_small
 from cache.replay import Restored
 from cache.sealed import SealedFile
@@ -43,6 +45,15 @@ UPLOADS_SHOWN_MAX: Final = 50
 
 class Workspace(Tree):
     """Made by `open_workspace`, and of no use once that has ended."""
+
+    pins: Pins | None = None  # None: there is no disk cache to keep anything in
+
+    def keep_pins(self, pin_list: PinList, owner: str, above: Sequence[DirectoryCap]) -> None:
+        """Keep what is in the list, from now on. Before anybody else is let in."""
+        if self._disk is not None and isinstance(self.root.cap, DirectoryCap):
+            parts = (self._client, self.root.cap, self._kept, self._blocks, self._disk, self._connectivity)
+            self.pins = Pins(*parts, pin_list, owner=owner, poll_s=self._options.poll_s, above=above)
+            self._nursery.start_soon(self.pins.run)
 
     # --- files
 
@@ -291,6 +302,7 @@ class Workspace(Tree):
                 "hits": self._blocks.hits,
                 "misses": self._blocks.misses,
             },
+            "pinned": [] if self.pins is None else self.pins.status(),
             "uploaded": uploads.stored,
             "publishes": committer.publishes,
             "conflicts": committer.conflicts,

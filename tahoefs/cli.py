@@ -22,6 +22,8 @@ COMMANDS: Final = {
     "umount": "send what is unsent, then unmount",
     "sync": "return once everything written is on the grid",
     "status": "what a mount is doing",
+    "pin": "keep a tree or a file in the cache, to have it offline",
+    "unpin": "no longer keep it there",
     "stats": "what a mount or a node counts",
     "ping": "how fast each server answers",
     "speed-test": "how fast files go to the grid and back",

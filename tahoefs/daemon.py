@@ -114,8 +114,10 @@ async def _mount(config: MountConfig, ready: Callable[[], None], note: Callable[
         state_dir = node.path / "tahoefs"
         cache_dir = (options.cache_dir or node.path) / "tahoefs" / "cache"
         async with open_disk(cache_dir, options.cache_size) as disk:
-            root = await _find_root(client, config, disk)
-            async with open_workspace(client, root, state_dir=state_dir, options=settings, disk=disk) as workspace:
+            *above, root = await _find_root(client, config, disk)
+            async with open_workspace(
+                client, root, state_dir=state_dir, options=settings, disk=disk, above=above
+            ) as workspace:
                 with trio.fail_after(ROOT_TIMEOUT_S):
                     await workspace.load(workspace.root, None)
                 await _serve(config, options, client, workspace, ready, note, show)
@@ -232,13 +234,14 @@ async def _drain(workspace: Workspace, note: Callable[[str], None], show: Show) 
                 return
 
 
-async def _find_root(client: grid.GridClient, config: MountConfig, disk: DiskTier | None) -> grid.Cap:
-    """The cap of the directory to show, by listings kept on the disk if the grid has none for us.
+async def _find_root(client: grid.GridClient, config: MountConfig, disk: DiskTier | None) -> list[grid.DirectoryCap]:
+    """The cap of the directory to show, after those above it, by listings kept on the disk if the grid has none for us.
 
     Raises BadCapError, WrongKindError, GridUnreachableError, …
     """
     cap: grid.Cap = grid.parse_known_cap(config.cap)
     _, happy, _ = client.node.encoding
+    line: list[grid.DirectoryCap] = []
     connected = 0
     if cap.storage_index is not None:
         is_kept = isinstance(cap, grid.DirectoryCap) and await kept_directory(client, cap, disk) is not None
@@ -252,6 +255,7 @@ async def _find_root(client: grid.GridClient, config: MountConfig, disk: DiskTie
                 entry = (await read_directory(client, cap, disk)).entries.get(normalize_name(part))
                 if entry is None:
                     raise NoSuchChildError(part)
+                line.append(cap)
                 cap = entry.cap
             if not isinstance(cap, grid.DirectoryCap) or cap.is_verifier:
                 raise WrongKindError(f"{config.label} is not a directory, so it cannot be mounted")
@@ -263,7 +267,7 @@ async def _find_root(client: grid.GridClient, config: MountConfig, disk: DiskTie
                 "check the network, the introducer and the servers"
             ) from error
         raise
-    return cap
+    return [*line, cap]
 
 
 # --- the child process -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from cache import FileTooLargeError, SpoolFullError
+from cache import FileTooLargeError, PinsFullError, SpoolFullError
 from grid import errors
 from tahoefs.failures import leaf_error
 from tahoefs.options import OptionError
@@ -63,6 +63,7 @@ _TABLE: Final[dict[type[BaseException], tuple[int, int]]] = {
     errors.GridUnreachableError: (errno.EIO, EXIT_UNREACHABLE),
     SpoolFullError: (errno.ENOSPC, EXIT_FAILED),
     FileTooLargeError: (errno.EFBIG, EXIT_FAILED),
+    PinsFullError: (errno.ENOSPC, EXIT_FAILED),
     trio.TooSlowError: (errno.EIO, EXIT_UNREACHABLE),
     MemoryError: (errno.ENOMEM, EXIT_FAILED),
     OptionError: (errno.EINVAL, EXIT_USAGE),

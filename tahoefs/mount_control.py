@@ -5,6 +5,8 @@
     detach    stop sending: what is left stays in the journal, for the next mount
     link      {"from": place, "to": place}, see `link_requests.py`
     clone     the same, and "mutable": what its files are to be, if they are to be converted
+    pin       {"path": [name, …], …}: keep it in the disk cache, see `pin_requests.py`
+    unpin     the same: no longer
     entry     {"from": place}: what stands there, once it is on the grid: {"cap", "metadata", "name"}
 
 Each is a coroutine of (request, progress), see `control.py` for the socket. Who can connect may see caps: it is who
@@ -30,6 +32,7 @@ from tahoefs.errnos import exit_code_of
 from tahoefs.lease_keeper import LeaseKeeper
 from tahoefs.link_requests import LinkRequests
 from tahoefs.mount_config import MountConfig
+from tahoefs.pin_requests import PinRequests
 from tahoefs.progress import in_words
 from tahoefs.targets import cap_of
 from tahoefs.vfs import VFS
@@ -64,6 +67,8 @@ class MountControl:
         self._client = client
         self._workspace = workspace
         self._links = LinkRequests(vfs)
+        self._pins = PinRequests(workspace, vfs)
+        vfs.on_moved = self._pins.moved
         self._keeper = keeper
         self._started = time.time()
 
@@ -75,6 +80,8 @@ class MountControl:
             "link": self._answer_link,
             "clone": self._answer_clone,
             "entry": self._answer_entry,
+            "pin": self._pins.pin,
+            "unpin": self._pins.unpin,
         }
 
     @property

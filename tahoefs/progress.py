@@ -43,13 +43,28 @@ def human_age(seconds: float) -> str:
 def in_words(pending: dict[str, Any]) -> str:
     """A `pending` object of a mount's status: 3 files (1.5 MiB), 1 directory."""
     files, directories = int(pending["files"]), int(pending["directories"])
-    parts = [f"{_count(files, 'file')} ({human_bytes(pending['bytes'])})"] if files else []
+    parts = [f"{counted(files, 'file')} ({human_bytes(pending['bytes'])})"] if files else []
     parts += [f"{directories} director{'y' if directories == 1 else 'ies'}"] if directories else []
     return ", ".join(parts) or "nothing"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """1 file, 2 files."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def pinned_in_words(pin: dict[str, Any]) -> str:
+    """One of `pinned` of a mount's status: fetching, 3 of 12 files (1.5 MiB of 2 GiB)."""
+    files, size = counted(pin["files"], "file"), human_bytes(pin["bytes"])
+    text = f"complete, {files} ({size})"
+    if pin["state"] != "complete":
+        text = f"{pin['state']}, {pin['files_held']} of {files} ({human_bytes(pin['bytes_held'])} of {size})"
+    return text if pin["message"] is None else f"{text}: {printable(pin['message'])}"
+
+
+def printable(text: str) -> str:
+    """A name may hold anything; a terminal must not be told what to do by it."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 class Progress:
@@ -78,6 +93,14 @@ class Progress:
             text += f", {human_bytes(rate)}/s, {human_time(left / rate)}"
         self._draw(text)
 
+    def pinned(self, pin: dict[str, Any]) -> None:
+        """Show one of `pinned` of a mount's status."""
+        if not sys.stderr.isatty():
+            return
+        done = pin["bytes_held"] / pin["bytes"] if pin["bytes"] else 0.0
+        bar = f"[{'#' * round(done * BAR_CHARS):<{BAR_CHARS}}] " if pin["state"] == "fetching" else ""
+        self._draw(f"{self.verb} {bar}{pinned_in_words(pin)}")
+
     def steps(self, state: dict[str, Any]) -> None:
         """Show that `done` of so many `names` are done."""
         if sys.stderr.isatty():
@@ -87,7 +110,7 @@ class Progress:
         """Show how many objects are done; how many there are in all nobody knows."""
         now = time.monotonic()
         if sys.stderr.isatty() and now - self._drawn_at >= REDRAW_S:
-            self._draw(f"{self.verb}: {_count(done, 'object')}, {done / (now - self._started):.0f}/s, {text}")
+            self._draw(f"{self.verb}: {counted(done, 'object')}, {done / (now - self._started):.0f}/s, {text}")
 
     def line(self, text: str) -> None:
         """A line of the command's own output."""

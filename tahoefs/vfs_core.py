@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import trio
@@ -56,6 +56,13 @@ class View:
     metadata: Metadata
 
 
+Moved = Callable[[Sequence[tuple[str, str]]], Awaitable[None]]  # directories were renamed: (old path, new path)
+
+
+async def nobody_minds(moves: Sequence[tuple[str, str]]) -> None:
+    pass
+
+
 class VFSCore:
     """State shared by all operations. Numbers come from the kernel: one that is unknown is answered ESTALE."""
 
@@ -79,6 +86,9 @@ class VFSCore:
         self.read_only = options.read_only or workspace.readonly
         self.free_bytes = free_bytes
         self.neighbours = Neighbours()
+        self.on_moved: Callable[[Sequence[tuple[str, str]]], Awaitable[None]] = (
+            nobody_minds  # told of directories that were renamed: (old, new) paths
+        )
         self.faults = 0  # calls that ended in an exception that was a bug
         self.timeouts = 0  # calls that missed their deadline
         self.handles: dict[int, Handle | DirectoryHandle] = {}

@@ -288,10 +288,15 @@ class NameOperations(FileOperations):
             if moved.is_nascent:
                 raise FSError(errno.EBUSY)  # made anew while we waited for the lock
             self._refuse_loops(moved, new_parent)
+            directories = [each for each in (moved, replaced) if each is not None and each.folder is not None]
+            before = [self.path_of(each) for each in directories]
             if flags & RENAME_EXCHANGE:
                 position = await self._exchange(moved, replaced, new_parent, old_parent)
             else:
                 position = await self._move(moved, replaced, new_parent, new_name, flags)
+                directories = directories[: moved.folder is not None]  # what was replaced is nowhere
+            if directories:
+                await self.on_moved(list(zip(before, map(self.path_of, directories), strict=False)))
         await self.settle(position)
 
     async def _move(self, moved: Inode, replaced: Inode | None, parent: Inode, name: str, flags: int) -> Position:

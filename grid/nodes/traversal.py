@@ -58,7 +58,7 @@ async def walk(nodemaker: NodeMaker, root: Cap) -> AsyncGenerator[Visit, None]:
     """Use it with contextlib.aclosing() if it may be left early. `root` may be a file. Raises nothing for what
     cannot be read.
     """
-    with _Agenda() as agenda:
+    with Agenda() as agenda:
         agenda.is_new(root)
         if not _can_be_entered(root):
             yield Visit((), root, root.size)
@@ -96,7 +96,7 @@ def _rank(cap: Cap) -> int:
     return 2 if _can_be_entered(cap) else 1
 
 
-class _Agenda:
+class Agenda:
     """What is to be visited, last in first out; and what was found."""
 
     def __enter__(self) -> Self:
@@ -120,7 +120,7 @@ class _Agenda:
         return self._db.execute("INSERT OR IGNORE INTO found VALUES (?)", (key,)).rowcount > 0
 
     def push(self, items: Sequence[tuple[Path, Cap]]) -> None:
-        """The first of them will be popped first."""
+        """The first of them will be popped first, and before those that were pushed earlier."""
         for path, cap in reversed(items):
             cursor = self._db.execute("INSERT INTO pending (item) VALUES (NULL)")
             number = cursor.lastrowid

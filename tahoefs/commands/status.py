@@ -12,7 +12,7 @@ import click
 
 from tahoefs.cli import UserError
 from tahoefs.control_client import ControlError, ask
-from tahoefs.progress import human_age, human_bytes, in_words
+from tahoefs.progress import human_age, human_bytes, in_words, pinned_in_words, printable
 from tahoefs.registry import all_sockets, find_mount
 
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -86,25 +86,21 @@ def _text(found: dict[str, Any]) -> str:
         lines.append(f"  leases    oldest {human_age(leases['oldest_s'])}{walking}")
     if helper := found.get("helper"):
         lines.insert(2, f"  helper    {'connected' if helper['connected'] else 'not connected, uploads go without it'}")
+    lines += [f"  pinned    {printable(pin['path'])}  {pinned_in_words(pin)}" for pin in found.get("pinned", [])]
     lines += [_upload(upload) for upload in found["uploads"]]
     if (more := found["pending"]["files"] - len(found["uploads"])) > 0:
         lines.append(f"  sending   … and {more} more")
     for error in found["errors"]:
         when = time.strftime("%X", time.localtime(error["when"]))
-        lines.append(f"  error     {when} {_printable(error['path'])}: {_printable(error['message'])}")
+        lines.append(f"  error     {when} {printable(error['path'])}: {printable(error['message'])}")
     return "\n".join(lines)
 
 
 def _upload(upload: dict[str, Any]) -> str:
-    name, stage = _printable(upload["name"]), upload["stage"]
+    name, stage = printable(upload["name"]), upload["stage"]
     if len(name) > NAME_CHARS_MAX:
         name = f"{name[: NAME_CHARS_MAX - 1]}…"
     if stage == "pushing" and upload["shares_total"]:
         sent = 1 - upload["unsent_bytes"] / max(upload["bytes"], 1)
         stage = f"pushing {upload['shares_placed']} of {upload['shares_total']} shares, {sent:.0%}"
     return f"  sending   {name}  {human_bytes(upload['bytes'])}  {stage}"
-
-
-def _printable(text: str) -> str:
-    """A name may hold anything; a terminal must not be told what to do by it."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -10,7 +10,7 @@ from typing import Any
 import trio
 from attrs import frozen
 
-from cache import Workspace, WorkspaceOptions, open_workspace
+from cache import Workspace, WorkspaceOptions, open_disk, open_workspace
 from grid.formats.caps import Cap, DirectoryCap, parse_known_cap
 from grid.nodes.nodemaker import NodeMaker
 from grid.operations.keys import KeyPool
@@ -120,11 +120,14 @@ async def memory_client() -> AsyncIterator[tuple[MemoryClient, DirectoryCap]]:
 
 
 @asynccontextmanager
-async def mounted(tmp_path: Path, options: WorkspaceOptions = QUICK) -> AsyncIterator[tuple[MemoryClient, Workspace]]:
-    """The same with a workspace over that directory, listed."""
+async def mounted(
+    tmp_path: Path, options: WorkspaceOptions = QUICK, *, disk_bytes: int = 0
+) -> AsyncIterator[tuple[MemoryClient, Workspace]]:
+    """The same with a workspace over that directory, listed. `disk_bytes`: of a cache on the disk, if there is one."""
     async with (
         memory_client() as (client, root),
-        open_workspace(client, root, state_dir=tmp_path / "state", options=options) as workspace,
+        open_disk(tmp_path / "state" / "cache", disk_bytes) as disk,
+        open_workspace(client, root, state_dir=tmp_path / "state", options=options, disk=disk) as workspace,
     ):
         await workspace.load(workspace.root)
         yield client, workspace

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from cache.block_store import BlockStore
 from cache.blocks import PREFETCH_BYTES_MAX, BlockCache
 from cache.disk_tier import QUEUE_BYTES_MAX, BlockName, DiskTier
 from cache.readahead import START_SEGMENTS, WINDOW_BYTES_MAX, ReadAhead
@@ -207,7 +206,7 @@ def test_read_ahead_grows_while_reading_on() -> None:
 
 @asynccontextmanager
 async def _disk(folder: Path) -> AsyncIterator[DiskTier]:
-    tier = DiskTier(BlockStore.open(folder, 8 << 20))
+    tier = DiskTier.open(folder, 8 << 20)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tier.run)
@@ -281,7 +280,7 @@ async def test_threads_read_what_is_on_the_disk_by_whole_segments(tmp_path: Path
 
 
 async def test_a_disk_that_is_slower_than_the_grid_is_left_out(tmp_path: Path) -> None:
-    tier = DiskTier(BlockStore.open(tmp_path, 1 << 30))  # nothing writes
+    tier = DiskTier.open(tmp_path, 1 << 30)  # nothing writes
     size = 1 << 20
     kept = [tier.put(BlockName.of(bytes(32), b"", number), size, bytes(size)) for number in range(40)]
     assert kept == [True] * (QUEUE_BYTES_MAX // size) + [False] * (40 - QUEUE_BYTES_MAX // size)

@@ -31,7 +31,7 @@ def test_cap_of_a_literal_without_a_node_directory(tmp_path: Path) -> None:
     assert done.stdout == "URI:LIT:nbswy3dp\n"
 
 
-@pytest.mark.parametrize("name", ["status", "sync", "umount", "ln", "clone"])
+@pytest.mark.parametrize("name", ["status", "sync", "umount", "ln", "clone", "pin", "unpin"])
 def test_what_talks_to_a_socket_loads_neither_trio_nor_the_grid(name: str) -> None:
     """It must not pay for what it does not use."""
     program = (

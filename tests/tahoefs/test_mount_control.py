@@ -67,12 +67,14 @@ async def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 
 
 @asynccontextmanager
-async def running_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Daemon]:
+async def running_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, disk_bytes: int = 0
+) -> AsyncIterator[Daemon]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     where = tmp_path / "folder"
     where.mkdir()
     config = MountConfig(str(tmp_path / "node"), "", (), "home:", str(where))
-    async with mounted(tmp_path) as (client, workspace), trio.open_nursery() as nursery:
+    async with mounted(tmp_path, disk_bytes=disk_bytes) as (client, workspace), trio.open_nursery() as nursery:
         control = MountControl(config, client, workspace, VFS(workspace, options=MountOptions()))  # type: ignore[arg-type]
 
         async def serve(*, task_status: trio.TaskStatus[None]) -> None:
