@@ -264,7 +264,8 @@ async def test_threads_read_what_is_on_the_disk_by_whole_segments(tmp_path: Path
         contents = SnapshotContents(cap, snapshot, BlockCache(nursery, 5000, disk))
         assert contents.local() is None, "the segment size is not known yet"
         await contents.read(0, 8000)
-        await disk.written(BlockName.of(snapshot.cache_secret, b"", 7))
+        for number in range(8):
+            await disk.written(BlockName.of(snapshot.cache_secret, b"", number))
         local = contents.local()
         assert local is not None and (local.size, local.segment_size) == (len(DATA), 1001)
         for number in range(8):
