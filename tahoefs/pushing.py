@@ -16,8 +16,9 @@ may change the file: no handle can write, and no truncation is under way. Who be
 at it (`quiet`). A push holds the file open, so that the inode's number cannot come to mean another.
 
 Never stuck. A thread that stores a page which a request waits for is held by the kernel until that is answered. So no
-answer waits for a thread but those for gates, whose pages no thread stores, and those for GATE_TIMEOUT_S at most; and
-when the mount ends, requests are answered until no thread is at work (`PagePusher.run`, `tahoefs.fuse:serve`).
+answer waits for a thread but those to the requests for gates and the one with which all begins, whose pages no thread
+stores, and they for GATE_TIMEOUT_S at most; and when the mount ends, requests are answered until no thread is at work
+(`PagePusher.run`, `tahoefs.fuse:serve`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ SEQUENTIAL_BYTES: Final = 512 << 10  # read on and on before anything is pushed
 NEAR_BYTES: Final = 512 << 10  # how far from the expected place such a read may start
 MARGIN_BYTES: Final = 256 << 10  # left to requests before the first gate: the kernel may have asked for them
 FAR_BYTES: Final = 32 << 20  # that segment must be here as well: else the file is just being fetched
-FILES_MAX: Final = 8  # with pushes under way; then the one that moved least recently gives way
+FILES_MAX: Final = 8  # with pushes under way; then one gives way whose reader rests
+RESTING_S: Final = 2.0  # no gate was asked for
 LANES: Final = 2  # threads a file
 THREADS_MAX: Final = 4  # over all files
 GATE_TIMEOUT_S: Final = 0.5
@@ -88,6 +90,7 @@ class Push:
         self._made = 0  # stretches
         self._passed = -1  # the furthest gate that was asked for
         self.stopped = False
+        self._moved_at = trio.current_time()  # the reader
         self._moved = trio.Event()  # something of the above changed
         self.ended = trio.Event()  # no thread is at it any more
         self.is_missing = False  # it ended because something was not on the disk
@@ -95,6 +98,11 @@ class Push:
     @property
     def _count(self) -> int:
         return -(-self._local.size // self._local.segment_size)
+
+    @property
+    def rests_s(self) -> float:
+        """Seconds since its reader was seen to move."""
+        return trio.current_time() - self._moved_at
 
     @property
     def covered(self) -> range:
@@ -165,7 +173,7 @@ class Push:
 
     def _pass(self, gate: int, number: int) -> None:
         if number > self._passed:
-            self._passed, self._position = number, gate
+            self._passed, self._position, self._moved_at = number, gate, trio.current_time()
             for passed, old in list(self._gates.items()):
                 if old < number - 1:
                     del self._gates[passed], self._stretches[old]
@@ -335,8 +343,10 @@ class PagePusher:
         if reading.expected + MARGIN_BYTES + local.segment_size > local.size:
             return None
         if len(self._pushing) >= FILES_MAX:
-            next(iter(self._pushing.values())).stop()
-            return None  # the next read may find that it has ended
+            oldest = next(iter(self._pushing.values()))
+            if oldest.rests_s > RESTING_S:
+                oldest.stop()  # the next read may find that it has ended
+            return None
         push = Push(local, opened.inode.number, reading.expected, self._store, self._limiter)
         reading.push = self._pushing[opened] = push
         opened.handles += 1

@@ -249,6 +249,22 @@ async def test_who_changes_a_file_waits_until_nothing_is_pushed(monkeypatch: pyt
         assert kernel.pushed > before
 
 
+async def test_more_files_than_the_bound_are_read_by_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushing, "FILES_MAX", 1)
+    contents = LocalFile(bytes(16 << 20), 1 << 20)
+    other = OpenFile(Inode(NUMBER + 1, Kind.FILE, None, {}), MemoryWorkspace(), handles=1, reader=contents)
+
+    async with reading(contents) as kernel:
+        for offset in range(0, 1 << 20, REQUEST_BYTES):
+            await kernel.read(offset, REQUEST_BYTES)
+            await kernel.pusher.note(other, offset, REQUEST_BYTES)
+        assert list(kernel.pusher._pushing) == [kernel.opened]
+        monkeypatch.setattr(pushing, "RESTING_S", -1.0)
+        await kernel.pusher.note(other, 1 << 20, REQUEST_BYTES)
+        await until(lambda: kernel.opened not in kernel.pusher._pushing)
+        assert await kernel.read(1 << 20, 4 << 20) == bytes(4 << 20)
+
+
 async def test_at_the_end_no_thread_is_left_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pushing, "GATE_TIMEOUT_S", 0.01)  # as threads are held up here
     contents = LocalFile(bytes(16 << 20), 1 << 20)
