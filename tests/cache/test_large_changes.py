@@ -188,3 +188,17 @@ async def test_made_mutable_on_the_way(tmp_path: Path) -> None:
         await workspace.wait()
         assert target.cap.kind == "mdmf" and await client.fetch(target.cap) == DATA
         assert most[0] < JOURNAL_BYTES // 2
+
+
+async def test_what_may_change_meanwhile_is_fetched_first(tmp_path: Path) -> None:
+    """Written over a mutable file, and stored as another: both passes over it must find the same."""
+    async with mounted(tmp_path, SMALL) as (client, workspace):
+        data = DATA[: 3 * JOURNAL_BYTES // 4]  # more than would be fetched for convenience
+        most = most_used(workspace)
+        base = client.create_node_from_uri(await client.create_mutable_file(data, format="mdmf")).cap
+        contents = await workspace.new_contents(base)
+        await contents.write(9, b"ours")
+        _, target, _ = await workspace.store(workspace.root, "large", contents, {}, over=None, mutable="none")
+        await workspace.wait()
+        assert most[0] >= len(data)
+        assert target.cap == await stored(client, data[:9] + b"ours" + data[13:])
