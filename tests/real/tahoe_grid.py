@@ -162,9 +162,10 @@ class TahoeGrid:
         servers: int = SERVERS,
         shares: tuple[int, int, int] = SHARES,
         our_introducer: bool = False,
-        our_servers: bool = False,
+        our_servers: int = 0,
         force_foolscap: bool = False,
     ) -> None:
+        """The first `our_servers` of the servers are ours."""
         self.home = tahoe_environment()
         self.tahoe = self.home / "bin" / "tahoe"
         self.base = base
@@ -188,7 +189,7 @@ class TahoeGrid:
             if self._force_foolscap:
                 config += "force_foolscap = true\n"
             self.servers.append(self._join(Node(self.tahoe, self.base / f"server{number}", "client", config)))
-            if self._our_servers:
+            if number < self._our_servers:
                 self.servers[-1].program = OUR_PROGRAM
         self.client = self._join(Node(self.tahoe, self.base / "client", "client", client_config(web_port, self.shares)))
         for node in (*self.servers, self.client):
@@ -216,6 +217,16 @@ class TahoeGrid:
         wanted = sum(node.running for node in self.servers) if count is None else count
         wait_until(lambda: self.connected_servers() == wanted, f"the real client to reach {wanted} servers")
 
+    def reconnect(self) -> None:
+        """Have the real client connected to all servers that run.
+
+        Over HTTP it looks only once a minute whether a server is back, but at once when it is started.
+        """
+        if not self._force_foolscap and self.connected_servers() != sum(node.running for node in self.servers):
+            self.client.kill()
+            self.client.start()
+        self.wait_connected()
+
     def connected_servers(self) -> int:
         status = json.loads(self.request("GET", "/?t=json"))
         return sum(each["connection_status"].lower().startswith("connected") for each in status["servers"])
@@ -230,7 +241,7 @@ class TahoeGrid:
         finally:
             for number in numbers:
                 self.servers[number].start()
-            self.wait_connected()
+            self.reconnect()
 
     @contextlib.contextmanager
     def hung(self, numbers: Sequence[int]) -> Iterator[None]:

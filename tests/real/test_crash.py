@@ -30,7 +30,7 @@ from tahoefs.mount_config import MountConfig, log_file
 from tahoefs.mountpoint import prepare
 from tests.real.crash_model import Worker
 from tests.real.mounting import Mount, can_mount, tahoefs
-from tests.real.tahoe_grid import TahoeGrid
+from tests.real.tahoe_grid import SERVERS, TahoeGrid
 from tests.real.threads import in_threads
 
 pytestmark = [pytest.mark.interop, pytest.mark.mount]
@@ -84,7 +84,7 @@ def grid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if not OURS:
         yield request.getfixturevalue("real_grid")
         return
-    grid = TahoeGrid(tmp_path_factory.mktemp("our-grid"), our_introducer=True, our_servers=True)
+    grid = TahoeGrid(tmp_path_factory.mktemp("our-grid"), our_introducer=True, our_servers=SERVERS)
     try:
         yield grid.start()
     finally:

@@ -77,17 +77,11 @@ class HelperNode(Node):
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TahoeGrid]:
     """Half of the servers are ours."""
     try:
-        made = TahoeGrid(tmp_path_factory.mktemp("helped"), servers=SERVERS, shares=SHARES)
+        made = TahoeGrid(tmp_path_factory.mktemp("helped"), servers=SERVERS, shares=SHARES, our_servers=SERVERS // 2)
     except TahoeNotAvailable as reason:
         pytest.skip(str(reason))
     try:
-        made.start()
-        for server in made.servers[:2]:
-            server.kill()
-            server.program = OUR_PROGRAM
-            server.start()
-        made.wait_connected()
-        yield made
+        yield made.start()
     finally:
         made.stop()
 

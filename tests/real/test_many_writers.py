@@ -190,7 +190,7 @@ def test_the_grid_goes_away_during_a_copy(real_grid: TahoeGrid, root_cap: str, m
                 status_is_true(mount, copier)
                 for number in (0, COPIED - 1):
                     assert (mount.path / f"file{number}").read_bytes() == data_of("copied", 3 * number + 1)
-            real_grid.wait_connected()
+            real_grid.reconnect()
             while any(mount.status()["pending"].values()):
                 pending_is_what_is_not_seen(real_grid, root_cap, mount, copier)
         mount.sync(ARRIVAL_S)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.tahoe_grid import TahoeGrid, TahoeNotAvailable
+from tests.real.tahoe_grid import SERVERS, TahoeGrid, TahoeNotAvailable
 from tests.real.test_ours_to_theirs import (
     test_a_tree_copied_in,
     test_changes_arrive,
@@ -44,7 +44,7 @@ def real_grid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         grid = TahoeGrid(
             tmp_path_factory.mktemp("our-grid"),
             our_introducer=True,
-            our_servers=True,
+            our_servers=SERVERS,
             force_foolscap=request.param == "Foolscap",
         )
     except TahoeNotAvailable as reason:
