@@ -179,7 +179,8 @@ def test_storage_directories_change_hands(tmp_path: Path, ours_first: bool) -> N
                 server.start()
             wait_listening(grid)
             *units, _ = grid.deep_check(root)
-            assert all(each["check-results"]["results"]["healthy"] for each in units), turn
+            ill = [each for each in units if not each["check-results"]["results"]["healthy"]]
+            assert not ill, (turn, ill)
             for name in ("sdmf", "mdmf"):
                 assert grid.get(caps[name]) == data[name]
                 data[name] = rng.randbytes(len(data[name]) + 1000)
