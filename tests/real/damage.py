@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from grid.formats.base32 import b2a
+from grid.formats.caps import parse_known_cap
 from grid.formats.chk_share import ShareLayout
 from grid.formats.mutable_share import parse_header
 from tests.real.tahoe_grid import TahoeGrid
@@ -41,6 +43,13 @@ MDMF_FIELDS: Final = (
 )
 
 Copies = dict[int, list[tuple[int, Path]]]  # {share number: [(server number, container file)]}
+
+
+def copies_of(grid: TahoeGrid, cap: str) -> Copies:
+    """Where the shares of a file or directory are."""
+    storage_index = parse_known_cap(cap).storage_index
+    assert storage_index is not None
+    return grid.share_files(b2a(storage_index))
 
 
 def is_mutable(file: Path) -> bool:

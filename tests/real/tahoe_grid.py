@@ -323,9 +323,10 @@ class TahoeGrid:
             self.request("POST", _uri(cap) + f"?t=check&output=JSON&verify={'true' if verify else 'false'}", b"")
         )
 
-    def deep_check(self, directory: str) -> list[Any]:
-        """One JSON object for each file and directory reachable, verified; the last holds the totals."""
-        lines = self.request("POST", _uri(directory) + "?t=stream-deep-check&verify=true", b"")
+    def deep_check(self, directory: str, *, verify: bool = True) -> list[Any]:
+        """One JSON object for each file and directory reachable; the last holds the totals."""
+        query = f"?t=stream-deep-check&verify={'true' if verify else 'false'}"
+        lines = self.request("POST", _uri(directory) + query, b"")
         return [json.loads(line) for line in lines.splitlines()]
 
     def share_files(self, storage_index: str) -> dict[int, list[tuple[int, Path]]]:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import urllib.parse
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +17,12 @@ import trio
 
 from grid.check_history import CheckHistory
 from grid.client import join_grid
-from grid.formats.base32 import b2a
 from grid.formats.caps import parse_known_cap
+from grid.formats.mutable_share import parse_header
 from grid.node_directory import NodeDirectory
-from tests.real.damage import Copies, Damage, deleted, field_flipped, truncated
+from grid.operations import recode
+from grid.operations.repair_mutable import marker_of
+from tests.real.damage import Damage, copies_of, deleted, field_flipped, first, read_share, truncated, write_share
 from tests.real.mounting import tahoefs
 from tests.real.sample_tree import content
 from tests.real.tahoe_grid import TahoeGrid, wait_until
@@ -26,12 +30,6 @@ from tests.real.tahoe_grid import TahoeGrid, wait_until
 pytestmark = pytest.mark.interop
 
 CAPS: Final = ("cap", "verifycap", "repaircap", "readcap")
-
-
-def copies_of(grid: TahoeGrid, cap: str) -> Copies:
-    storage_index = parse_known_cap(cap).storage_index
-    assert storage_index is not None
-    return grid.share_files(b2a(storage_index))
 
 
 def operation(grid: TahoeGrid, cap: str, name: str) -> Any:
@@ -66,21 +64,33 @@ def make_tree(grid: TahoeGrid) -> str:
     return root
 
 
+def outputs(commands: Sequence[Sequence[str | Path]], stdin: str) -> list[str]:
+    """What each says; they mostly wait, so they run at once."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return [done.stdout for done in pool.map(lambda command: tahoefs(*command, stdin=stdin), commands)]
+
+
 def test_the_same_walk_as_the_real_client(real_grid: TahoeGrid, node_dir: Path) -> None:
     root = make_tree(real_grid)
     manifest = operation(real_grid, root, "stream-manifest")
-    ours = lines(tahoefs("manifest", "-", "--json", "-d", node_dir, stdin=root).stdout)
-    assert ours == manifest
-    stats = json.loads(tahoefs("manifest", "-", "--stats", "--json", "-d", node_dir, stdin=root).stdout)
-    assert stats == manifest[-1]["stats"]
-    caps = tahoefs("manifest", "-", "--verify-caps", "-d", node_dir, stdin=root).stdout.split()
-    assert caps == [unit["verifycap"] for unit in manifest[:-1] if unit["verifycap"]]
-
     found = operation(real_grid, root, "stream-deep-check")
+    walked, counted, verify_caps, checked = outputs(
+        [
+            ("manifest", "-", "--json", "-d", node_dir),
+            ("manifest", "-", "--stats", "--json", "-d", node_dir),
+            ("manifest", "-", "--verify-caps", "-d", node_dir),
+            ("check", "-", "--deep", "--json", "-d", node_dir),
+        ],
+        stdin=root,
+    )
+    assert lines(walked) == manifest
+    assert json.loads(counted) == manifest[-1]["stats"]
+    assert verify_caps.split() == [unit["verifycap"] for unit in manifest[:-1] if unit["verifycap"]]
+
     for unit in found:
         for name in CAPS:
             unit.pop(name, None)
-    *units, stats, totals = lines(tahoefs("check", "-", "--deep", "--json", "-d", node_dir, stdin=root).stdout)
+    *units, stats, totals = lines(checked)
     for unit in (*units, *found[:-1]):
         results = unit["check-results"]["results"]
         for name in ("list-invalid-shares", "list-incompatible-shares", "servers-silent"):
@@ -89,10 +99,10 @@ def test_the_same_walk_as_the_real_client(real_grid: TahoeGrid, node_dir: Path) 
             results["servers-responding"].sort()
     assert [*units, stats] == found
     assert (totals["count-objects-checked"], totals["count-objects-healthy"]) == (10, 10)
-    shown = tahoefs("check", "-", "--deep", "-d", node_dir, stdin=root).stdout.splitlines()
-    assert shown[:3] == ["'<root>': Healthy", "'unk': of an unknown kind, not checked", "'a-lit': Healthy (LIT)"]
-    assert "'imm/a': Healthy" in shown
-    assert shown[-1] == "done: 10 objects checked, 10 healthy, 0 unhealthy"
+    said = tahoefs("check", "-", "--deep", "-d", node_dir, stdin=root).stdout.splitlines()
+    assert said[:3] == ["'<root>': Healthy", "'unk': of an unknown kind, not checked", "'a-lit': Healthy (LIT)"]
+    assert "'imm/a': Healthy" in said
+    assert said[-1] == "done: 10 objects checked, 10 healthy, 0 unhealthy"
 
 
 DAMAGES: Final[dict[str, Damage]] = {
@@ -103,39 +113,78 @@ DAMAGES: Final[dict[str, Damage]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["CHK", "SDMF", "MDMF", "DIR2"])
-async def test_what_we_repair_the_real_client_finds_whole(real_grid: TahoeGrid, kind: str) -> None:
-    """With n distinct shares, none twice. A corrupt immutable share stays: its number is made elsewhere."""
+KINDS: Final = ("CHK", "SDMF", "MDMF", "DIR2")
+
+
+def assert_whole(grid: TahoeGrid, cap: str, name: str, corrupt_before: int) -> None:
+    """A corrupt immutable share stays: its number is made elsewhere."""
+    results = grid.check(cap)["results"]
+    assert results["healthy"] and results["count-shares-good"] == 10, name
+    assert all(len(servers) == 1 for servers in results["sharemap"].values()), name
+    bad = sum(map(len, copies_of(grid, cap).values())) - 10
+    assert bad == results["count-corrupt-shares"] == (corrupt_before if "CHK" in cap else 0), name
+
+
+async def test_what_we_repair_the_real_client_finds_whole(real_grid: TahoeGrid) -> None:
+    """With n distinct shares, none twice; and reads it. Mutable files are damaged and repaired again and again."""
     data = content(70_000, 7)
 
-    def make(seed: int) -> str:
+    def make(kind: str, seed: int) -> str:
         if kind != "DIR2":
             return real_grid.put(data if kind != "CHK" else content(70_000, seed), kind)
         cap = real_grid.mkdir()
         real_grid.put_at(cap, "y", data[:100])
         return cap
 
-    def assert_whole(cap: str, name: str, corrupt_before: int) -> None:
-        results = real_grid.check(cap)["results"]
-        assert results["healthy"] and results["count-shares-good"] == 10, name
-        assert all(len(servers) == 1 for servers in results["sharemap"].values()), name
-        bad = sum(map(len, copies_of(real_grid, cap).values())) - 10
-        assert bad == results["count-corrupt-shares"] == (corrupt_before if kind == "CHK" else 0), name
+    caps: dict[tuple[str, str], str] = {}
+    for kind in KINDS:
+        cap = make(kind, 0)
+        for seed, name in enumerate(DAMAGES):  # corrupt shares of an immutable file stay, so it takes another one
+            caps[kind, name] = make(kind, seed) if kind == "CHK" and seed else cap
 
     async with join_grid(NodeDirectory.open(real_grid.client.path)) as client:
         assert await client.broker.wait_for_servers(10, 60) == 10
         checker = client.checker(CheckHistory(None))
-        cap = await trio.to_thread.run_sync(make, 0)
-        for seed, (name, damage) in enumerate(DAMAGES.items()):
-            if kind == "CHK" and seed:  # each from its own file, since corrupt shares of the last one stay
-                cap = await trio.to_thread.run_sync(make, seed)
-            damage(real_grid, copies_of(real_grid, cap))
-            allowed = str(parse_known_cap(cap).verifier) if kind == "CHK" else cap
-            repaired = await checker.repair(allowed, verify=True)
-            assert repaired.attempted and repaired.successful, (name, repaired.reason)
-            await trio.to_thread.run_sync(assert_whole, cap, name, len(repaired.before.corrupt))
-        read = await trio.to_thread.run_sync(real_grid.get, cap, "y" if kind == "DIR2" else "")
-    assert read == {"DIR2": data[:100], "CHK": content(70_000, seed)}.get(kind, data)
+
+        async def repair_and_look(kind: str) -> None:
+            for name, damage in DAMAGES.items():
+                cap = caps[kind, name]
+                damage(real_grid, copies_of(real_grid, cap))
+                allowed = str(parse_known_cap(cap).verifier) if kind == "CHK" else cap
+                repaired = await checker.repair(allowed, verify=True)
+                assert repaired.attempted and repaired.successful, (kind, name, repaired.reason)
+                corrupt = len(repaired.before.corrupt)
+                await trio.to_thread.run_sync(assert_whole, real_grid, cap, f"{kind}: {name}", corrupt)
+            read = await trio.to_thread.run_sync(real_grid.get, cap, "y" if kind == "DIR2" else "")
+            assert read == {"DIR2": data[:100], "CHK": content(70_000, len(DAMAGES) - 1)}.get(kind, data)
+
+        async with trio.open_nursery() as nursery:
+            for kind in KINDS:
+                nursery.start_soon(repair_and_look, kind)
+
+
+async def test_a_share_that_takes_several_calls(real_grid: TahoeGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client counts one that is not complete as none. Afterwards it is the one that was there before."""
+    monkeypatch.setattr(recode, "STEP_BYTES", 1)
+    data = content(600_000, 9)
+    cap = await trio.to_thread.run_sync(real_grid.put, data, "MDMF")
+    copies = copies_of(real_grid, cap)
+    whole = {number: read_share(first(copies, number)) for number in copies}
+    deleted(1, 8)(real_grid, copies)
+    marker = marker_of(parse_header(whole[5]))
+    write_share(first(copies, 5), marker + whole[5][len(marker) : 100_000])
+    for verify in (False, True):
+        results = real_grid.check(cap, verify=verify)["results"]
+        assert (results["count-shares-good"], results["count-wrong-shares"], results["recoverable"]) == (7, 0, True)
+    async with join_grid(NodeDirectory.open(real_grid.client.path)) as client:
+        assert await client.broker.wait_for_servers(10, 60) == 10
+        repaired = await client.checker(CheckHistory(None)).repair(cap)
+        assert repaired.attempted and repaired.successful, repaired.reason
+    await trio.to_thread.run_sync(assert_whole, real_grid, cap, "MDMF", 0)
+    assert {number: read_share(file) for number, ((_, file),) in copies_of(real_grid, cap).items()} == whole
+    assert await trio.to_thread.run_sync(real_grid.get, cap) == data
+    await trio.to_thread.run_sync(real_grid.put_into, cap, 300_000, b"and it writes there")
+    assert (await trio.to_thread.run_sync(real_grid.check, cap))["results"]["healthy"]
 
 
 def of_all_servers(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
