@@ -205,7 +205,7 @@ class MutableRepair:
 
             both: tuple[Work, Work] = (write, code)
             await in_lanes(2, both, lambda work: work())
-            if places and not self._left(places):
+            if not self._left(places) and not self._renumber:
                 break
             coded = coded_next
         return {number: [] for number in coding.numbers}

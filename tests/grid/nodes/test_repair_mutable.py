@@ -296,8 +296,11 @@ async def test_shares_that_a_change_in_place_left_out(step_bytes: int, monkeypat
     assert await contents(broker) == expected
 
 
-async def test_two_newest_versions_of_a_file() -> None:
-    """The best one becomes the next."""
+@pytest.mark.parametrize("step_bytes", [500, 1 << 20])
+@pytest.mark.parametrize("failing", [False, True])
+async def test_two_newest_versions_of_a_file(step_bytes: int, failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one becomes the next, also when the servers that hold the other one take nothing."""
+    monkeypatch.setattr(recode, "STEP_BYTES", step_bytes)
     broker = MemoryBroker(10)
     await grid.place_mdmf(broker, noise(9 * SEGMENT), SEGMENT)
     first = shares(broker)
@@ -313,9 +316,20 @@ async def test_two_newest_versions_of_a_file() -> None:
         server.slots[grid.storage_index()].shares[number] = bytearray(heads[0][server.server_id, number])
     assert (await verified(broker)).recoverable_versions == 2
     roots = [parse_header(next(iter(head.values()))).root_hash for head in heads]
+    losers = [
+        server
+        for server in broker.servers
+        for share in server.slots[grid.storage_index()].shares.values()
+        if parse_header(share).root_hash == min(roots)
+    ]
+    if failing:
+        for server in losers:
+            server.fail_on.add("slot_writev")
     assert await grid.mdmf_node(broker).repair() == 2
     seen = await verified(broker)
-    assert seen.healthy and all(share_id.startswith("seq3-") for share_id in seen.sharemap)
+    at = {share_id.partition("-")[0]: servers for share_id, servers in seen.sharemap.items()}
+    assert len(losers) == 5 and seen.healthy is not failing and at.keys() == ({"seq2", "seq3"} if failing else {"seq3"})
+    assert len(seen.good) == 10
     assert await contents(broker) == texts[roots.index(max(roots))] + noise(9 * SEGMENT)[3:]
 
 
