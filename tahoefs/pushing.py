@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
@@ -41,8 +42,8 @@ log = logging.getLogger(__name__)
 PAGE_BYTES: Final = mmap.PAGESIZE
 SEGMENT_BYTES_MIN: Final = 64 << 10  # smaller segments are not worth it …
 SEGMENT_BYTES_MAX: Final = 4 << 20  # … and larger ones would take too much memory: a thread holds one
-STRETCH_BYTES_MAX: Final = 4 << 20  # between two gates, unless a single segment is larger
-AHEAD_STRETCHES: Final = 3  # pushed, or being pushed, beyond the gate the reader got to
+STRETCH_BYTES_MAX: Final = 8 << 20  # between two gates
+AHEAD_STRETCHES: Final = 2  # pushed, or being pushed, beyond that of the gate the reader got to
 SEQUENTIAL_BYTES: Final = 512 << 10  # read on and on before anything is pushed
 NEAR_BYTES: Final = 512 << 10  # how far from the expected place such a read may start
 MARGIN_BYTES: Final = 256 << 10  # left to requests before the first gate: the kernel may have asked for them
@@ -71,18 +72,43 @@ class _Stretch:
     done: bool = False
 
 
+class _Workers:
+    """The threads of all pushes, and the memory they work in: kept, as fresh memory costs much of what a copy does."""
+
+    def __init__(self) -> None:
+        self.limiter = trio.CapacityLimiter(THREADS_MAX)
+        self._buffers: list[bytearray] = []  # at most one for each thread
+
+    @contextmanager
+    def buffer(self, size: int) -> Iterator[memoryview]:
+        """In a worker thread."""
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = bytearray()
+        if len(buffer) < size:
+            buffer = bytearray(size)
+        try:
+            yield memoryview(buffer)[:size]
+        finally:
+            self._buffers.append(buffer)
+
+    def free(self) -> None:
+        self._buffers.clear()
+
+
 class Push:
     """One file's pages on their way into the kernel."""
 
     def __init__(
-        self, local: ILocalSegments, inode_number: int, position: int, store: Store, limiter: trio.CapacityLimiter
+        self, local: ILocalSegments, inode_number: int, position: int, store: Store, workers: _Workers
     ) -> None:
         """`position`: the offset its reader is at."""
         self._local = local
         self._inode_number = inode_number
         self._position = position
         self._store = store
-        self._limiter = limiter
+        self._workers = workers
         self._next, self._first_gate = _first_gate(position + MARGIN_BYTES, local.segment_size)
         self._stretches: dict[int, _Stretch] = {}  # by number, from 0; those long passed are forgotten
         self._gates: dict[int, int] = {}  # {offset of the page: number of its stretch}, of the same
@@ -113,7 +139,7 @@ class Push:
         """Until all of it is there, something is not on the disk, or `stop`."""
         try:
             far = min(self._next + FAR_BYTES // self._local.segment_size, self._count - 1)
-            if not await trio.to_thread.run_sync(self._local.has, far, limiter=self._limiter):
+            if not await trio.to_thread.run_sync(self._local.has, far, limiter=self._workers.limiter):
                 self.is_missing = True
                 return
             async with trio.open_nursery() as nursery:
@@ -193,7 +219,7 @@ class Push:
     async def _lane(self) -> None:
         while (stretch := await self._begin_stretch()) is not None:
             try:
-                stretch.done = await trio.to_thread.run_sync(self._push, stretch, limiter=self._limiter)
+                stretch.done = await trio.to_thread.run_sync(self._push, stretch, limiter=self._workers.limiter)
             except Exception:
                 log.exception("pushing pages failed in an unforeseen way")
             if stretch.done:
@@ -222,8 +248,12 @@ class Push:
 
     def _push(self, stretch: _Stretch) -> bool:
         """In a worker thread. False: not all of it is here, or the kernel does not take it."""
+        with self._workers.buffer(PAGE_BYTES + self._local.segment_size) as buffer:
+            return self._push_through(stretch, buffer)
+
+    def _push_through(self, stretch: _Stretch, buffer: memoryview) -> bool:
+        """`buffer`: for what is left of the segment before (a page), and for a segment."""
         size = self._local.segment_size
-        buffer = memoryview(bytearray(PAGE_BYTES + size))  # what is left of the segment before | a segment
         position = stretch.gate + PAGE_BYTES  # the next page to store
         left = 0  # bytes between `position` and the segment, in the buffer before it
         for number in range(stretch.first, stretch.stop):
@@ -276,7 +306,7 @@ class PagePusher:
         self._let_go = let_go
         self._readings: dict[OpenFile, _Reading] = {}
         self._pushing: dict[OpenFile, Push] = {}  # the one that moved least recently first
-        self._limiter = trio.CapacityLimiter(THREADS_MAX)
+        self._workers = _Workers()
         self._store: Store | None = None
         self._nursery: trio.Nursery | None = None
 
@@ -347,7 +377,7 @@ class PagePusher:
             if oldest.rests_s > RESTING_S:
                 oldest.stop()  # the next read may find that it has ended
             return None
-        push = Push(local, opened.inode.number, reading.expected, self._store, self._limiter)
+        push = Push(local, opened.inode.number, reading.expected, self._store, self._workers)
         reading.push = self._pushing[opened] = push
         opened.handles += 1
         self._nursery.start_soon(self._run, opened, reading, push)
@@ -360,4 +390,6 @@ class PagePusher:
             if push.is_missing:
                 reading.cold_until = reading.expected + FAR_BYTES
             del self._pushing[opened]
+            if not self._pushing:
+                self._workers.free()
             self._let_go(opened.inode, opened)

@@ -74,16 +74,22 @@ class Kernel:
     contents: LocalFile
     pages: dict[int, bytes] = field(factory=dict)
     gate: threading.Event = field(factory=threading.Event)  # while clear, pages are not taken
+    counting: threading.Lock = field(factory=threading.Lock)
+    held: int = 0  # threads that store pages
     pushed: int = 0  # bytes
     requests: int = 0
 
     def store(self, number: int, offset: int, data: memoryview) -> None:
         assert number == NUMBER and offset % PAGE_BYTES == 0
         assert len(data) % PAGE_BYTES == 0 or offset + len(data) == self.contents.size
+        with self.counting:
+            self.held += 1
         self.gate.wait()
+        with self.counting:
+            self.held -= 1
+            self.pushed += len(data)
         for start in range(0, len(data), PAGE_BYTES):
             self.pages[offset + start] = bytes(data[start : start + PAGE_BYTES])
-        self.pushed += len(data)
 
     async def read(self, offset: int, length: int) -> bytes:
         """As a program would: what is not here is asked for, in requests as the kernel makes them."""
@@ -215,8 +221,7 @@ async def test_a_file_that_is_being_fetched_is_left_alone() -> None:
         assert kernel.pushed == 0
 
 
-async def test_who_changes_a_file_waits_until_nothing_is_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushing, "GATE_TIMEOUT_S", 0.01)  # as threads are held up here
+async def test_who_changes_a_file_waits_until_nothing_is_pushed() -> None:
     contents = LocalFile(bytes(16 << 20), 1 << 20)
     async with reading(contents) as kernel, trio.open_nursery() as nursery:
         kernel.gate.clear()  # as a page that the kernel has locked
@@ -227,9 +232,8 @@ async def test_who_changes_a_file_waits_until_nothing_is_pushed(monkeypatch: pyt
             await kernel.pusher.quiet(kernel.opened)
             quiet.set()
 
-        for offset in range(0, 1 << 20, REQUEST_BYTES):
-            await kernel.read(offset, REQUEST_BYTES)
-        await until(lambda: kernel.pusher._limiter.borrowed_tokens == pushing.LANES)
+        nursery.start_soon(kernel.read, 0, 1 << 20)  # waits for threads, which wait for the kernel
+        await until(lambda: kernel.held == pushing.LANES)
         nursery.start_soon(change)
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert not quiet.is_set()
@@ -265,16 +269,14 @@ async def test_more_files_than_the_bound_are_read_by_requests(monkeypatch: pytes
         assert await kernel.read(1 << 20, 4 << 20) == bytes(4 << 20)
 
 
-async def test_at_the_end_no_thread_is_left_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushing, "GATE_TIMEOUT_S", 0.01)  # as threads are held up here
+async def test_at_the_end_no_thread_is_left_at_it() -> None:
     contents = LocalFile(bytes(16 << 20), 1 << 20)
-    async with reading(contents) as kernel:
+    async with reading(contents) as kernel, trio.open_nursery() as nursery:
         kernel.gate.clear()
-        for offset in range(0, 1 << 20, REQUEST_BYTES):
-            await kernel.read(offset, REQUEST_BYTES)
-        await until(lambda: kernel.pusher._limiter.borrowed_tokens == pushing.LANES)
-        limiter = kernel.pusher._limiter
-    assert limiter.borrowed_tokens == 0
+        nursery.start_soon(kernel.read, 0, 1 << 20)
+        await until(lambda: kernel.held == pushing.LANES)
+        nursery.cancel_scope.cancel()
+    assert kernel.held == 0
 
 
 async def until(condition: Callable[[], bool]) -> None:
