@@ -5,14 +5,17 @@ immutable   12 bytes | share | leases of 72 bytes          mutable   468 bytes |
 
 from __future__ import annotations
 
+import random
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from attrs import evolve
+
 from grid.formats.base32 import b2a
-from grid.formats.caps import parse_known_cap
+from grid.formats.caps import Cap, CHKReadCap, parse_known_cap
 from grid.formats.chk_share import ShareLayout
 from grid.formats.mutable_share import parse_header
 from tests.real.tahoe_grid import TahoeGrid
@@ -50,6 +53,23 @@ def copies_of(grid: TahoeGrid, cap: str) -> Copies:
     storage_index = parse_known_cap(cap).storage_index
     assert storage_index is not None
     return grid.share_files(b2a(storage_index))
+
+
+def another(grid: TahoeGrid, cap: str, name: str, shares: Mapping[int, Path] | None = None) -> str:
+    """The read cap of another file, with the same shares (or these) on the same servers.
+
+    A share says nothing of its storage index. So this costs next to nothing, where making a file takes its time; but
+    nobody can read the file, since its key is made up.
+    """
+    known, bits = parse_known_cap(cap).readonly, random.Random(f"{cap} {name}").randbytes(16)
+    other: Cap = evolve(known, key=bits) if isinstance(known, CHKReadCap) else evolve(known, readkey=bits)
+    index = b2a(other.storage_index or b"")
+    for number, copies in copies_of(grid, cap).items():
+        for server, file in copies:
+            bucket = grid.servers[server].path / "storage" / "shares" / index[:2] / index
+            bucket.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shares[number] if shares else file, bucket / file.name)
+    return str(other)
 
 
 def is_mutable(file: Path) -> bool:

@@ -2,9 +2,8 @@
 
 Where the two differ it is on purpose, and said here: `LOOSER` names what the real client lets pass or fails on.
 
-A damage each needs a file each, and making files takes longer than checking them. A share says nothing of its storage
-index: so the shares of one file, put under another index, are those of another file, which has the same contents and
-another cap. The real client checks all of them in one call, as what is in a directory.
+A damage each needs a file each: the shares of one, put under other storage indexes. The real client checks all of them
+in one call, as what is in a directory.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ import trio
 from attrs import evolve
 
 from grid.client import GridClient, join_grid
-from grid.formats.base32 import b2a
-from grid.formats.caps import Cap, CHKReadCap, parse_known_cap
+from grid.formats.caps import parse_known_cap
 from grid.formats.segments import MAX_SEGMENT_BYTES
 from grid.interfaces import EncodingParameters
 from grid.node_directory import NodeDirectory
@@ -35,6 +33,7 @@ from tests.real.damage import (
     SDMF_FIELDS,
     Copies,
     Damage,
+    another,
     copies_of,
     deleted,
     field_flipped,
@@ -103,19 +102,6 @@ async def new_file(grid: TahoeGrid, client: GridClient, kind: str, seed: str) ->
     if kind != "CHK":
         return await trio.to_thread.run_sync(grid.put, noise(kind, seed), kind)
     return (await client.upload(SmallSegments(noise(kind, seed), client.node.convergence))).uri
-
-
-def another(grid: TahoeGrid, cap: str, name: str, shares: Mapping[int, Path] | None = None) -> str:
-    """The read cap of another file with the same shares (or these) on the same servers."""
-    known, bits = parse_known_cap(cap).readonly, random.Random(f"{cap} {name}").randbytes(16)
-    other: Cap = evolve(known, key=bits) if isinstance(known, CHKReadCap) else evolve(known, readkey=bits)
-    index = b2a(other.storage_index or b"")
-    for number, copies in copies_of(grid, cap).items():
-        for server, file in copies:
-            bucket = grid.servers[server].path / "storage" / "shares" / index[:2] / index
-            bucket.mkdir(parents=True, exist_ok=True)
-            shutil.copy(shares[number] if shares else file, bucket / file.name)
-    return str(other)
 
 
 def saved(grid: TahoeGrid, cap: str) -> dict[Path, bytes]:

@@ -22,7 +22,17 @@ from grid.formats.mutable_share import parse_header
 from grid.node_directory import NodeDirectory
 from grid.operations import recode
 from grid.operations.repair_mutable import marker_of
-from tests.real.damage import Damage, copies_of, deleted, field_flipped, first, read_share, truncated, write_share
+from tests.real.damage import (
+    Damage,
+    another,
+    copies_of,
+    deleted,
+    field_flipped,
+    first,
+    read_share,
+    truncated,
+    write_share,
+)
 from tests.real.mounting import tahoefs
 from tests.real.sample_tree import content
 from tests.real.tahoe_grid import TahoeGrid, wait_until
@@ -217,7 +227,8 @@ def test_codes_and_who_may_repair(real_grid: TahoeGrid, node_dir: Path) -> None:
 def test_an_interrupted_deep_check_is_resumed(real_grid: TahoeGrid, node_dir: Path) -> None:
     """Ctrl-C in the middle; what was checked is not asked for again, and the output is whole in the end."""
     root = real_grid.mkdir()
-    files = {f"f{n:03}": ["filenode", {"ro_uri": real_grid.put(content(60 + n, n))}] for n in range(25)}
+    cap = real_grid.put(content(60, 0))
+    files = {f"f{n:03}": ["filenode", {"ro_uri": another(real_grid, cap, str(n))}] for n in range(25)}
     real_grid.set_children(root, files)
     command = [sys.executable, "-m", "tahoefs.cli", "check", "-", "--deep", "--verify", "--json", "-d", str(node_dir)]
     process = subprocess.Popen(
