@@ -398,9 +398,6 @@ class FileShare:
     def __setitem__(self, part: slice, data: bytes) -> None:
         os.pwrite(self._fd, data, part.start or 0)
 
-    def extend(self, data: bytes) -> None:
-        os.pwrite(self._fd, data, len(self))
-
     def close(self) -> None:
         os.close(self._fd)
 
@@ -410,9 +407,10 @@ class FileServer(MemoryServer):
 
     @staticmethod
     def _apply(slot: Any, number: int, write: Any) -> None:
-        if write.new_length != 0 and number not in slot.shares:
+        if number not in slot.shares:
             slot.shares[number] = FileShare()
-        MemoryServer._apply(slot, number, write)
+        for offset, data in write.data:
+            slot.shares[number][offset : offset + len(data)] = data  # what is left out before it is zeros
 
 
 def contents_at(offset: int, length: int) -> bytes:
