@@ -55,6 +55,7 @@ class Survey:
     files_held: int = 0
     bytes: int = 0
     bytes_held: int = 0
+    missing_bytes: int = 0  # of what is not held, each file once however often it is linked
     lacking: int = 0  # directories, or a single file, of which something is not held
     troubles: int = 0  # directories that could not be read, files that could not be had
     trouble: str | None = None  # one of them, and why
@@ -152,12 +153,13 @@ class PinTree:
             if look.error is not None:
                 survey.note(pin.path, look.error)
             if not look.is_held:
+                survey.missing_bytes += look.bytes - look.bytes_held
                 lacking.push([(pin.path, cap)])
             return
         with Agenda() as agenda:
             agenda.is_new(cap)
             agenda.push([(pin.path, cap)])
-            look_at = partial(self._look, survey)
+            look_at = partial(self._look, survey, lacking)
             while here := list(itertools.islice(iter(agenda.pop, None), DIRECTORIES_AT_ONCE)):
                 looked = await in_lanes(DIRECTORIES_AT_ONCE, here, look_at)
                 for item in here:
@@ -170,7 +172,7 @@ class PinTree:
                     if len(path) < PATH_PARTS_MAX:
                         agenda.push([((*path, name), child) for name, child in seen.children if agenda.is_new(child)])
 
-    async def _look(self, survey: Survey, item: tuple[Path, Cap]) -> _Seen | None:
+    async def _look(self, survey: Survey, lacking: Agenda, item: tuple[Path, Cap]) -> _Seen | None:
         """One directory. None if it cannot be read."""
         path, cap = item
         assert isinstance(cap, DirectoryCap)
@@ -192,6 +194,8 @@ class PinTree:
         for name, look in zip(files, looks, strict=True):
             if look.error is not None:
                 survey.note((*path, name), look.error)
+            if not look.is_held and lacking.is_new(files[name]):
+                survey.missing_bytes += look.bytes - look.bytes_held
         seen = _Seen(
             version,
             self._holder.epoch,

@@ -299,7 +299,7 @@ class Pins:
                 if survey.lacking:
                     pin.state, self._has_fetched = FETCHING, True
                     self._notify()
-                    await self._require_room(survey.bytes - survey.bytes_held)
+                    await self._require_room(survey.missing_bytes)
                     pin.files_held = pin.files - await self._tree.fill(pin, lacking, survey)
                     pin.bytes_held = pin.bytes if pin.files_held == pin.files else pin.bytes_held
             if survey.troubles or pin.files_held < pin.files:

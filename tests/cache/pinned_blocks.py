@@ -14,6 +14,7 @@ from cache.pin_store import Item
 from tests.cache.kept_blocks import LIMIT, SECRET, block, key
 
 SIZE = 30_000
+CHANGING = key(-1)
 
 
 def main(cache_dir: Path, first: int) -> None:
@@ -22,8 +23,8 @@ def main(cache_dir: Path, first: int) -> None:
         pins.put("one", 1, [Item(key(number), SECRET, 1000 + number, block(number, SIZE))])
         print(number, flush=True)
         if number % 5 == 4:  # superseded ones make garbage, which a sweep has to move things out of
-            pins.replace(Item(key(number), SECRET, 0, b"other"))
-            pins.replace(Item(key(number), SECRET, 1000 + number, block(number, SIZE)))
+            for seed in range(4):
+                pins.put("one", 1, [Item(CHANGING, SECRET, 1, block(seed, SIZE))])
             pins.sweep("one", 1)
 
 

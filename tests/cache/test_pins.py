@@ -265,12 +265,17 @@ async def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
     async with memory_client() as (client, root):
         node = client.create_node_from_uri(root)
         await node.set_uri("large", await store(client, content(5 << 20, 1)), {})
-        await node.set_uri("small", await store(client, content(1 << 20, 2)), {})
+        small = await store(client, content(1 << 20, 2))
+        await node.set_uri("small", small, {})
+        cap = client.create_node_from_uri(small).cap
+        copies = await client.create_dirnode({f"copy{number}": (cap, {}) for number in range(6)})
+        await node.set_uri("copies", copies.get_uri(), {})
         async with mount(client, root, tmp_path, 6 << 20) as workspace:
             found = await pin(workspace, "large")
             assert found.state == "full" and found.bytes_held == 0
             assert found.message is not None and "takes 5.0 MiB more" in found.message
             assert "may take 4.5 MiB of the cache" in found.message and "cache_size=" in found.message
+            assert (await pin(workspace, "copies")).state == "complete"  # what is linked often counts once
             assert (await pin(workspace, "small")).state == "complete"
             await pins_of(workspace).remove(("large",))
         async with mount(client, root, tmp_path, 60 << 20) as workspace:
