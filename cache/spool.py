@@ -68,6 +68,11 @@ class Spool:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Without the files that are only kept to be read back: those give way to whatever is written."""
+        return self.used_bytes - self._kept_bytes
+
     def _names(self) -> list[str]:
         return [] if self._path is None else [path.name for path in self._path.iterdir() if path.name.isdecimal()]
 
@@ -121,7 +126,7 @@ class Spool:
             return
         if self.used_bytes + size <= self.limit_bytes:
             raise SpoolFullError("the local disk is full")
-        raise SpoolFullError(f"{self.used_bytes} bytes are not on the grid yet, the limit is {self.limit_bytes}")
+        raise SpoolFullError(f"{self.unsent_bytes} bytes are not on the grid yet, the limit is {self.limit_bytes}")
 
     def account(self, growth: int) -> None:
         self.used_bytes += growth
@@ -152,7 +157,7 @@ class Spool:
 
     def has_spare(self, size: int) -> bool:
         """May so much be fetched for convenience? Half of the room is left to writers."""
-        if self.used_bytes - self._kept_bytes + size > self.limit_bytes // 2:
+        if self.unsent_bytes + size > self.limit_bytes // 2:
             return False
         return self._path is None or free_bytes(self._path) >= 2 * size + DISK_RESERVE_BYTES
 

@@ -295,7 +295,7 @@ class Workspace(Tree):
                 "pushed_bytes_per_s": round(uploads.meter.rate(trio.current_time())),
             },
             "replaying": self.replaying,
-            "journal": {"bytes": self._spool.used_bytes, "limit": self._spool.limit_bytes},
+            "journal": {"bytes": self._spool.unsent_bytes, "limit": self._spool.limit_bytes},
             "cache": {
                 "bytes": self._disk.used_bytes if self._disk is not None else self._blocks.held_bytes,
                 "limit": self._options.cache_bytes,

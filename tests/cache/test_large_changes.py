@@ -57,7 +57,7 @@ async def test_it_is_not_held_here(tmp_path: Path) -> None:
         assert most[0] < 2 * len(CHANGE) + 100_000  # what was written, also in the journal's row, and the directory
         assert target.cap == await stored(client, EXPECTED)
         assert await client.fetch(target.cap) == EXPECTED == await get(workspace, target)
-        assert workspace.status()["journal"]["bytes"] == 0
+        assert workspace._spool.used_bytes == 0
 
 
 async def test_changed_again_and_again_before_it_is_sent(tmp_path: Path) -> None:
@@ -83,7 +83,8 @@ async def test_what_fits_well_is_fetched_once_and_read_back_from_here(tmp_path: 
         await workspace.wait()
         calls = client.calls("get_buckets")
         assert await get(workspace, target.cap) == EXPECTED and client.calls("get_buckets") == calls
-        assert workspace.status()["journal"]["bytes"] >= len(DATA)
+        assert workspace._spool.used_bytes >= len(DATA)
+        assert workspace.status()["journal"]["bytes"] == 0  # it is not unsent
 
 
 async def test_a_moment_without_servers_does_not_begin_it_anew(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ async def test_cancelled_on_the_way_leaves_nothing(tmp_path: Path) -> None:
             await trio.lowlevel.checkpoint()
         await workspace.unlink(workspace.root, "large")
         await workspace.wait()
-        while workspace.status()["journal"]["bytes"]:
+        while workspace._spool.used_bytes:
             await trio.lowlevel.checkpoint()
         assert all(not server.incoming for server in client.servers)
 
