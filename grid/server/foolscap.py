@@ -20,6 +20,7 @@ from grid.server.errors import BadRequestError, StorageError
 from grid.server.storage import StorageService
 from grid.server.uploads import Upload
 from grid.transports.tub import Referenceable, RemoteReference
+from grid.wire.banana import Pieces
 from grid.wire.remote_interfaces import RIBucketReader, RIBucketWriter, RIStorageServer
 from grid.wire.schemas import RemoteInterface
 
@@ -161,9 +162,9 @@ class BucketWriter(Referenceable):
     def __init__(self, upload: Upload) -> None:
         self._upload = upload
 
-    async def remote_write(self, offset: int, data: bytes) -> None:
+    async def remote_write(self, offset: int, data: bytes | Pieces) -> None:
         with _told_to_the_peer():
-            await self._upload.write(offset, data)
+            await self._upload.write(offset, *(data.parts if isinstance(data, Pieces) else (data,)))
 
     async def remote_close(self) -> None:
         with _told_to_the_peer():

@@ -3,7 +3,8 @@
     token  = header (base 128, least digit first, each byte < 0x80)  type (one byte >= 0x80)  [body]
 
 `header` is an INT's value, the length in bytes of a STRING's body, the index of a VOCAB word, or the number
-of an OPEN or CLOSE. Long bodies are collected piece by piece as they arrive and joined once.
+of an OPEN or CLOSE. Long bodies are collected piece by piece as they arrive, and joined once if at all: a long STRING
+that did not come at once is handed on in its pieces.
 Source: the banana of foolscap 24.9, version 3, as spoken by Tahoe-LAFS 1.20. Limits marked "ours" are in no
 specification.
 """
@@ -14,6 +15,8 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from typing import Any, Final
+
+from attrs import field, frozen
 
 from grid.errors import RemoteProtocolError
 
@@ -35,6 +38,7 @@ HEADER_BYTES_MAX: Final = 64
 FLOAT_BYTES: Final = 8
 ERROR_BYTES_MAX: Final = 1000
 LONGINT_BYTES_MAX: Final = 1024
+PIECES_BYTES_MIN: Final = 64 << 10  # shorter strings are always joined
 STRING_BYTES_MAX: Final = 32 << 20  # ours: a peer must not choose how much memory we use
 INT_MAX: Final = (1 << 31) - 1  # larger ones are sent as LONGINT
 
@@ -58,6 +62,20 @@ _BODY_BYTES_MAX: Final = {
 _BARE_KINDS: Final = frozenset((INT, NEG, OPEN, CLOSE, ABORT, PING, PONG))
 
 Token = tuple[int, Any]  # (kind, its number or body); VOCAB comes out as STRING, LONGNEG as LONGINT
+
+
+@frozen
+class Pieces:
+    """A long byte string as it arrived. Whoever writes it to a file need not join it first; `bytes()` does."""
+
+    parts: Sequence[bytes | memoryview] = field(repr=False)
+    size: int  # bytes
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.parts)
 
 
 def vocabulary_hash(index: int) -> str:
@@ -112,9 +130,11 @@ class TokenReader:
         if self._body_kind:
             if self._body_missing:
                 return None
-            kind, body = self._body_kind, b"".join(self._body)
+            kind, body = self._body_kind, Pieces(self._body, sum(map(len, self._body)))
             self._body_kind, self._body = 0, []
-            return _token_of_body(kind, body)
+            if kind == STRING and len(body) >= PIECES_BYTES_MIN:
+                return kind, body
+            return _token_of_body(kind, bytes(body))
         data, position = self._data, self._position
         end = len(data)
         if position >= end:

@@ -26,6 +26,7 @@ from grid.wire.banana import (
     PONG,
     STRING_BYTES_MAX,
     VOCABULARIES,
+    Pieces,
     TokenReader,
     error_token,
     ping_token,
@@ -172,7 +173,9 @@ class Broker:
             target = self._tables.target(clid)
             interface = target.remote_interface
             if interface is None:
-                events.append(InboundCall(reqid, target, name, tuple(arguments.positional), arguments.keywords))
+                positional = tuple(map(_joined, arguments.positional))
+                keywords = {key: _joined(value) for key, value in arguments.keywords.items()}
+                events.append(InboundCall(reqid, target, name, positional, keywords))
             else:
                 bound = interface.methods[name].bind(arguments.positional, arguments.keywords)
                 events.append(InboundCall(reqid, target, name, bound, {}))
@@ -289,6 +292,10 @@ class Broker:
 
 class _PeerReportedError(RemoteProtocolError):
     """The peer sent an ERROR token: it is closing, and wants no answer."""
+
+
+def _joined(argument: Any) -> Any:
+    return bytes(argument) if type(argument) is Pieces else argument
 
 
 def _result_schema(interface: RemoteInterface | None, method: str) -> Schema:

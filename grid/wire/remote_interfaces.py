@@ -52,7 +52,7 @@ RIBroker: Final = RemoteInterface(
 RIBucketWriter: Final = RemoteInterface(
     "RIBucketWriter",
     {
-        "write": method(NONE, offset=OFFSET, data=_BYTES),
+        "write": method(NONE, offset=OFFSET, data=Bytes(in_pieces=True)),
         "close": method(NONE),
         "abort": method(NONE),
     },

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from attrs import field, frozen
 
 from grid.errors import Violation
+from grid.wire.banana import Pieces
 from grid.wire.references import RemoteHandle
 
 
@@ -29,13 +30,17 @@ class AnySchema:
 
 @frozen
 class Bytes:
-    """Byte strings of at most `most` bytes, or of exactly `exactly`."""
+    """Byte strings of at most `most` bytes, or of exactly `exactly`.
+
+    An argument with `in_pieces` is taken as it came: a long one perhaps as `Pieces`.
+    """
 
     most: int | None = None
     exactly: int | None = None
+    in_pieces: bool = False
 
     def check(self, value: Any, where: str) -> None:
-        if not isinstance(value, bytes):
+        if not isinstance(value, bytes) and not (self.in_pieces and type(value) is Pieces):
             raise Violation(f"{where}: byte string expected, not {type(value).__name__}")
         if self.most is not None and len(value) > self.most:
             raise Violation(f"{where}: string too long ({len(value)} > {self.most})")
@@ -186,8 +191,10 @@ class Method:
             bound.append(keywords[name])
         if len(bound) != len(positional) + len(keywords):
             raise Violation("unknown or repeated argument")
-        for (name, schema), value in zip(self.arguments, bound, strict=True):
-            schema.check(value, name)
+        for place, (name, schema) in enumerate(self.arguments):
+            if type(bound[place]) is Pieces and not (isinstance(schema, Bytes) and schema.in_pieces):
+                bound[place] = bytes(bound[place])
+            schema.check(bound[place], name)
         return tuple(bound)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 from attrs import define, field, frozen
 
 from grid.errors import RemoteFailure, RemoteProtocolError, Violation
-from grid.wire.banana import ABORT, CLOSE, FLOAT, INT, LONGINT, NEG, OPEN, STRING, Token
+from grid.wire.banana import ABORT, CLOSE, FLOAT, INT, LONGINT, NEG, OPEN, STRING, Pieces, Token
 from grid.wire.failures import FAILURE_TYPE, KNOWN_COPYABLES, Copyable, failure_of
 
 OPENTYPE_BYTES_MAX: Final = 15
@@ -137,6 +137,8 @@ class MessageReader:
         elif self._violation is None:
             if kind == STRING:
                 self._bytes_left -= len(value)  # the tokens' own limits bound the rest
+                if type(value) is Pieces and top.opentype != b"arguments":
+                    value = bytes(value)  # only the arguments of a call are taken in pieces, where their schema says so
             self._deliver(top, kind, value)
         return None
 

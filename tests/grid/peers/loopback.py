@@ -11,6 +11,7 @@ import trio
 from grid.crypto import SigningKey, make_tub_identity
 from grid.formats.announcement import Announcement, from_mapping, sign_announcement
 from grid.transports.tub import RemoteReference, Tub
+from grid.wire.banana import Pieces
 from grid.wire.references import Referenceable
 from grid.wire.remote_interfaces import (
     RIBucketReader,
@@ -120,12 +121,12 @@ class Share(Referenceable):
         self.writes = 0
         self.state = "open"
 
-    async def remote_write(self, offset: int, data: bytes) -> None:
+    async def remote_write(self, offset: int, data: bytes | Pieces) -> None:
         self.writes += 1
         await self.service.awake.wait()
         if self.service.full:
             raise OSError("no space")
-        self.data[offset : offset + len(data)] = data
+        self.data[offset : offset + len(data)] = bytes(data)
 
     async def remote_close(self) -> None:
         await self.service.awake.wait()

@@ -17,11 +17,13 @@ from grid.wire.banana import (
     LONGINT,
     NEG,
     OPEN,
+    PIECES_BYTES_MIN,
     PING,
     PONG,
     STRING,
     STRING_BYTES_MAX,
     VOCABULARIES,
+    Pieces,
     Token,
     TokenReader,
     error_token,
@@ -143,7 +145,16 @@ def test_long_string_in_many_pieces_is_not_scanned_again() -> None:
     body = bytes(range(256)) * 4096
     encoded = header(len(body)) + b"\x82" + body + b"\x05\x81"
     pieces = [encoded[i : i + 1000] for i in range(0, len(encoded), 1000)]
-    assert read_all(TokenReader(), *pieces) == [(STRING, body), (INT, 5)]
+    (kind, received), after = read_all(TokenReader(), *pieces)
+    assert isinstance(received, Pieces) and (kind, len(received), after) == (STRING, len(body), (INT, 5))
+    assert bytes(received) == b"".join(received.parts) == body
+
+
+@pytest.mark.parametrize(("length", "kind"), [(PIECES_BYTES_MIN - 1, bytes), (PIECES_BYTES_MIN, Pieces)])
+def test_only_long_strings_stay_in_pieces(length: int, kind: type) -> None:
+    encoded = header(length) + b"\x82" + bytes(length)
+    assert [type(body) for _, body in read_all(TokenReader(), encoded[:9000], encoded[9000:])] == [kind]
+    assert read_all(TokenReader(), encoded) == [(STRING, bytes(length))]
 
 
 def test_error_token_is_cut_to_what_peers_take() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grid.errors import RemoteFailure, RemoteProtocolError, Violation
-from grid.wire.banana import VOCABULARIES, header
+from grid.wire.banana import PIECES_BYTES_MIN, VOCABULARIES, Pieces, header
 from grid.wire.calls import (
     RELEASES_BATCH,
     STRANGER_STRING_BYTES_MAX,
@@ -330,6 +330,49 @@ def test_arguments_are_not_shown() -> None:
     (event,) = pass_on(caller, server)
     assert isinstance(event, InboundCall) and event.arguments == (0, b"a secret")
     assert "secret" not in repr(event)
+
+
+class Plain(Referenceable):
+    remote_interface = None
+
+
+def arguments_in_pieces(method: str, interface: RemoteInterface, target: Referenceable, *args: object) -> object:
+    """What a call's arguments are when it arrives in pieces of 1,000 bytes."""
+    caller, server, handle = pair(target)
+    caller.send_call(handle.clid, interface.name, method, args)
+    sent = take(caller)
+    (event,) = [event for i in range(0, len(sent), 1000) for event in server.receive_data(sent[i : i + 1000])]
+    assert isinstance(event, InboundCall)
+    return event.arguments
+
+
+LONG = bytes(range(256)) * (PIECES_BYTES_MIN // 256)
+
+
+def test_what_is_to_be_written_stays_in_pieces() -> None:
+    (offset, data) = arguments_in_pieces("write", RIBucketWriter, Writer(), 5, LONG)
+    assert isinstance(data, Pieces) and (offset, bytes(data)) == (5, LONG)
+    assert "\\x" not in repr(data)
+
+
+def test_other_long_strings_are_joined() -> None:
+    assert arguments_in_pieces("any", RIBucketWriter, Plain(), LONG, [LONG]) == (LONG, [LONG])
+    secrets = (b"w" * 32, b"r" * 32, b"c" * 32)
+    writes = {3: ([], [(0, LONG)], None)}
+    arguments = (b"s" * 16, secrets, writes, [])
+    target = Writer()
+    target.remote_interface = RIStorageServer
+    assert arguments_in_pieces("slot_testv_and_readv_and_writev", RIStorageServer, target, *arguments) == arguments
+
+
+def test_a_long_string_in_an_answer_is_joined() -> None:
+    caller, server, handle = pair(Plain())
+    reqid = caller.send_call(handle.clid, "", "any", ())
+    server.receive_data(take(caller))
+    server.send_answer(reqid, LONG)
+    sent = take(server)
+    (event,) = [event for i in range(0, len(sent), 1000) for event in caller.receive_data(sent[i : i + 1000])]
+    assert event == Answered(reqid, LONG)
 
 
 def test_pongs_that_are_not_taken_count_for_the_memory_they_cost() -> None:
