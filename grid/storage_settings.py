@@ -59,6 +59,8 @@ def read_storage_settings(
     """Of the node directory `path`. Raises NodeDirectoryError."""
     if not config.boolean("storage", "anonymous", True):
         raise config.wrong("storage", "anonymous", "is false: only plugins would serve, and tahoefs has none")
+    if _flag(config, "debug_discard", False):
+        raise config.wrong("storage", "debug_discard", "is true: tahoefs has no server that throws away what it is given")
     directory = path / (config.text("storage", "storage_dir", "storage").strip() or "storage")
     return StorageSettings(
         directory=directory,

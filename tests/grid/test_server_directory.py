@@ -167,6 +167,7 @@ def test_expiry(tmp_path: Path, text: str, expected: Expiry) -> None:
         ("expire.enabled = true\nexpire.mode = cutoff-date\nexpire.cutoff_date = soon", "expire.cutoff_date"),
         ("reserved_space = lots", "reserved_space"),
         ("anonymous = false", "anonymous"),
+        ("debug_discard = true", "debug_discard"),
         ("grid_management = true\n[grid_manager_certificates]\nx = missing.cert", "grid_manager_certificates"),
         ("enabled = false", "no service is enabled"),
         ("enabled = maybe", "enabled"),
