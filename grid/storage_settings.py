@@ -60,7 +60,7 @@ def read_storage_settings(
     if not config.boolean("storage", "anonymous", True):
         raise config.wrong("storage", "anonymous", "is false: only plugins would serve, and tahoefs has none")
     if _flag(config, "debug_discard", False):
-        raise config.wrong("storage", "debug_discard", "is true: tahoefs has no server that throws away what it is given")
+        raise config.wrong("storage", "debug_discard", "is true: tahoefs throws nothing away")
     directory = path / (config.text("storage", "storage_dir", "storage").strip() or "storage")
     return StorageSettings(
         directory=directory,

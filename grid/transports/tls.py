@@ -3,7 +3,8 @@
 Tubs trust no authority: any certificate is taken, and its SHA-1 is the peer's name. Both sides present one.
 The dialler uses the standard library. The acceptor cannot: the standard library asks for a client certificate
 only together with verifying it, which self-signed ones fail; so it uses pyOpenSSL with a callback that accepts.
-Both run over memory buffers; `grid/transports/tls_stream.py` makes streams of them.
+The dialler runs over memory buffers, the acceptor on the socket itself; `grid/transports/tls_stream.py` makes streams
+of them.
 
 For HTTP the server alone shows a certificate, and the standard library does both sides. Whoever dials compares
 the hash of its public key with what was announced, see `dial_pinned`.
@@ -22,9 +23,10 @@ from OpenSSL import SSL, crypto
 
 from grid.crypto import TubIdentity, spki_hash_of_certificate
 from grid.errors import FormatError, NegotiationError
-from grid.transports.tls_stream import RECORD_BYTES, SEND_BYTES, Buffer, Engine, TLSStream
+from grid.transports.tls_stream import READ_BYTES, RECORD_BYTES, SEND_BYTES, Buffer, Engine, TLSStream
 
 _TAKEN_BYTES: Final = SEND_BYTES + RECORD_BYTES  # ciphertext copied out of pyOpenSSL at a time
+_UNEXPECTED_EOF: Final = -1  # in pyOpenSSL's SysCallError
 _PARTIAL_WRITE: Final = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE: each call would write one record
 
 
@@ -47,6 +49,8 @@ class TubTLS:
         """The handshake as TLS server. Raises BrokenResourceError; the transport is the caller's to close then."""
         if self._server is None:
             self._server = _server_context(self._identity)
+        if isinstance(transport, trio.SocketStream):
+            return await _shake_hands(transport, _SocketEngine(self._server, transport.socket))
         return await _shake_hands(transport, _ServerEngine(self._server))
 
 
@@ -118,6 +122,8 @@ def _load_identity(context: ssl.SSLContext, identity: TubIdentity) -> None:
 
 
 class _LibraryEngine:
+    has_socket = False
+
     def __init__(self, context: ssl.SSLContext, *, server_side: bool = False) -> None:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -192,8 +198,10 @@ def _accept_any(connection: SSL.Connection, certificate: crypto.X509, code: int,
 
 
 class _ServerEngine:
-    def __init__(self, context: SSL.Context) -> None:
-        self._tls = SSL.Connection(context, None)
+    has_socket = False
+
+    def __init__(self, context: SSL.Context, socket: trio.socket.SocketType | None = None) -> None:
+        self._tls = SSL.Connection(context, socket)  # type: ignore[arg-type]
         self._tls.set_accept_state()
 
     def handshake(self) -> bool:
@@ -233,6 +241,8 @@ class _ServerEngine:
     def write(self, plaintext: memoryview) -> int:
         try:
             return self._tls.send(plaintext)
+        except SSL.WantWriteError:
+            return 0
         except SSL.Error as error:
             raise trio.BrokenResourceError("TLS failed") from error
 
@@ -245,3 +255,53 @@ class _ServerEngine:
     def peer_certificate_der(self) -> bytes | None:
         certificate = self._tls.get_peer_certificate()
         return crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) if certificate is not None else None
+
+
+class _SocketEngine(_ServerEngine):
+    """The same on the socket itself: each record is worked on while it is in the processor's cache, and no byte goes by
+    way of memory buffers. Worth a fifth of what receiving a large share costs.
+    """
+
+    has_socket = True
+
+    def __init__(self, context: SSL.Context, socket: trio.socket.SocketType) -> None:
+        super().__init__(context, socket)
+        self._socket = socket
+        self._ended = False  # after which OpenSSL must not be asked again
+
+    def _check_open(self) -> None:
+        # OpenSSL knows the descriptor's number alone, which may be another connection's once this socket is closed.
+        if self._socket.fileno() < 0:
+            raise trio.ClosedResourceError("this stream is closed")
+
+    def handshake(self) -> bool:
+        self._check_open()
+        return super().handshake()
+
+    def take(self) -> bytes:
+        return b""
+
+    def read(self, pieces: list[bytes]) -> bool:
+        self._check_open()
+        left = 0 if self._ended else READ_BYTES
+        try:
+            while left > 0:
+                pieces.append(self._tls.recv(RECORD_BYTES))
+                left -= len(pieces[-1])
+        except SSL.WantReadError:
+            pass
+        except SSL.ZeroReturnError:
+            self._ended = True
+        except SSL.Error as error:
+            if not isinstance(error, SSL.SysCallError) or error.args[0] != _UNEXPECTED_EOF:
+                raise trio.BrokenResourceError("TLS failed") from error
+            self._ended = True  # many peers close without a goodbye
+        return not self._ended
+
+    def write(self, plaintext: memoryview) -> int:
+        self._check_open()
+        return super().write(plaintext)
+
+    def shutdown(self) -> None:
+        if self._socket.fileno() >= 0:
+            super().shutdown()

@@ -1,6 +1,7 @@
 """A TLS connection as a trio stream, over any byte stream; who does the cryptography is an `Engine`.
 
     socket -> scratch -> engine -> pieces, one for each record          pieces -> engine -> ciphertext -> socket
+    engine on the socket -> pieces                                      pieces -> engine on the socket
 
 Both ways in large pieces: on a fast line each wakeup costs more than what it moves. Who knows that much is on its way
 may say so: then the kernel wakes us once for GATHER_BYTES, not for every packet. A send that the kernel takes at once
@@ -34,7 +35,13 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Engine(Protocol):
-    """One TLS connection over memory. Raises BrokenResourceError for everything that is wrong with it."""
+    """One TLS connection over memory. Raises BrokenResourceError for everything that is wrong with it.
+
+    One that has the socket itself (`has_socket`) reads from it and writes to it; what it is given and asked for is
+    plaintext alone.
+    """
+
+    has_socket: bool
 
     def handshake(self) -> bool:
         """Whether it is finished; else more has to come from the peer."""
@@ -46,7 +53,9 @@ class Engine(Protocol):
     def read(self, pieces: list[bytes]) -> bool:
         """Append what has come, a piece for each record; False when that was the end."""
 
-    def write(self, plaintext: memoryview) -> int: ...
+    def write(self, plaintext: memoryview) -> int:
+        """How much was taken: not all of it, or nothing, while the socket takes no more."""
+
     def shutdown(self) -> None: ...
     def peer_certificate_der(self) -> bytes | None: ...
 
@@ -74,7 +83,9 @@ class TLSStream(trio.abc.Stream):
         """Raises BrokenResourceError. The caller sets the deadline."""
         while not self._engine.handshake():
             await self._flush()
-            if not await self._fill():
+            if self._engine.has_socket:
+                await self._wait_readable(1)
+            elif not await self._fill():
                 raise trio.BrokenResourceError("connection closed in the TLS handshake")
         await self._flush()
 
@@ -85,10 +96,22 @@ class TLSStream(trio.abc.Stream):
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         pieces: list[bytes] = []
+        if self._engine.has_socket:
+            await self._receive_records(pieces, wanted)
+            return pieces
         while self._engine.read(pieces) and not pieces:
             if not await self._fill(wanted):
                 break  # many peers close without a goodbye
         return pieces
+
+    async def _receive_records(self, pieces: list[bytes], wanted: int) -> None:
+        """As receive_pieces(), where the engine has the socket."""
+        waited = await self._gather(wanted)
+        while self._engine.read(pieces) and not pieces:
+            await self._wait_readable(1)
+            waited = True
+        if not waited:
+            await trio.lowlevel.checkpoint()  # a peer that always has more must not keep others waiting
 
     async def _fill(self, wanted: int = 1) -> bool:
         """Let the engine have what comes next; False at the end."""
@@ -97,32 +120,41 @@ class TLSStream(trio.abc.Stream):
             ciphertext = await self._transport.receive_some(READ_BYTES)
             self._engine.put(ciphertext)
             return bool(ciphertext)
-        gather = min(wanted - UNREAD_BYTES_MAX, GATHER_BYTES)
-        waited = gather > RECORD_BYTES
-        try:
-            if waited:
-                with trio.move_on_after(GATHER_TIMEOUT_S):
-                    await self._wait_readable(socket, gather)
-            while True:
-                try:
-                    count = os.readv(socket.fileno(), [_SCRATCH])
-                    break
-                except BlockingIOError:
-                    await self._wait_readable(socket, 1)
-                    waited = True
-        except OSError as error:
-            raise _trouble(socket, error) from error
+        waited = await self._gather(wanted)
+        while True:
+            try:
+                count = os.readv(socket.fileno(), [_SCRATCH])
+                break
+            except BlockingIOError:
+                await self._wait_readable(1)
+                waited = True
+            except OSError as error:
+                raise _trouble(socket, error) from error
         self._engine.put(memoryview(_SCRATCH)[:count])
         if not waited:
             await trio.lowlevel.checkpoint()  # a peer that always has more must not keep others waiting
         return bool(count)
 
-    async def _wait_readable(self, socket: trio.socket.SocketType, gather: int) -> None:
-        """Until so many bytes are there, or the end is."""
-        if gather != self._gathering:
-            socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, gather)
-            self._gathering = gather
-        await trio.lowlevel.wait_readable(socket)
+    async def _gather(self, wanted: int) -> bool:
+        """Where much is known to come, wait for it, but not long; whether there was a wait."""
+        gather = min(wanted - UNREAD_BYTES_MAX, GATHER_BYTES)
+        if gather <= RECORD_BYTES:
+            return False
+        with trio.move_on_after(GATHER_TIMEOUT_S):
+            await self._wait_readable(gather)
+        return True
+
+    async def _wait_readable(self, gather: int) -> None:
+        """Until so many bytes are there, or the end is. Raises BrokenResourceError, ClosedResourceError."""
+        socket = self.socket
+        assert socket is not None
+        try:
+            if gather != self._gathering:
+                socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, gather)
+                self._gathering = gather
+            await trio.lowlevel.wait_readable(socket)
+        except OSError as error:
+            raise _trouble(socket, error) from error
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """`max_bytes` is not honoured: what has arrived comes at once."""
@@ -162,6 +194,8 @@ class TLSStream(trio.abc.Stream):
         while position < len(data):
             written = self._engine.write(data[position : position + SEND_BYTES])
             position += written
+            if not written:
+                await self._wait_writable()
             self._encrypted_bytes += written
             if self._encrypted_bytes >= SEND_BYTES:
                 await self._send_encrypted()
@@ -181,9 +215,13 @@ class TLSStream(trio.abc.Stream):
                 try:
                     rest = rest[os.write(socket.fileno(), rest) :]
                 except BlockingIOError:
-                    await trio.lowlevel.wait_writable(socket)
+                    await self._wait_writable()
         except OSError as error:
             raise _trouble(socket, error) from error
+
+    async def _wait_writable(self) -> None:
+        assert self.socket is not None
+        await trio.lowlevel.wait_writable(self.socket)
 
     async def send_all(self, data: Buffer) -> None:
         await self.send_buffers([data])
