@@ -2,7 +2,8 @@
 
     await serve_http(stream, handler)        handler: async (Request) -> Response
 
-h11 reads what clients say, one parser a request; bodies of a known length go past it. What we say has one form, and is
+h11 reads what clients say, one parser a request; bodies of a known length go past it, and so do heads that are as
+plain as those of storage clients, see `grid/wire/http_head.py`. What we say has one form, and is
 written here: a status line, `date`, the handler's headers, a length.
 
 Deadlines for slow clients: a request's head may take HEAD_TIMEOUT_S, which is also how long a connection may be
@@ -29,10 +30,10 @@ import trio
 from attrs import field, frozen
 
 from grid.transports.tls_stream import TLSStream
+from grid.wire.http_head import HEAD_BYTES_MAX, read_head
 
 log = logging.getLogger(__name__)
 
-HEAD_BYTES_MAX: Final = 16 << 10
 HEAD_TIMEOUT_S: Final = 60.0
 PIECE_TIMEOUT_S: Final = 60.0
 SLOWEST_BYTES_PER_S: Final = 4 << 10  # slower clients are let go
@@ -66,20 +67,23 @@ class Response:
 class Request:
     """`headers` have names in lower case. The body is read by whoever wants it, once."""
 
-    def __init__(self, head: h11.Request, connection: _ServerConnection) -> None:
-        self.method = bytes(head.method)
-        self.target = bytes(head.target)
-        self.headers: Headers = [(name.lower(), value) for name, value in head.headers.raw_items()]
-        self._by_name = dict(reversed(self.headers))  # of several the first
+    def __init__(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Sequence[tuple[bytes, bytes]],
+        length: int | None,
+        connection: _ServerConnection,
+        *,
+        keeps_connection: bool = True,
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.headers: Headers = headers
+        self.length = length  # of the body, as announced; None when it comes in chunks
+        self.keeps_connection = keeps_connection  # whether the client may send another request after this one
+        self._by_name = dict(reversed(headers))  # of several the first
         self._connection = connection
-        chunked = b"transfer-encoding" in self._by_name
-        # Of the body, as announced, which h11 has seen to be a number; None when it comes in chunks.
-        self.length = None if chunked else int(self._by_name.get(b"content-length", b"0"))
-        # Whether the client may send another request after this one.
-        self.keeps_connection = head.http_version >= b"1.1" and not (
-            b"connection" in self._by_name
-            and any(name == b"connection" and b"close" in value.lower() for name, value in self.headers)
-        )
 
     def header(self, name: bytes) -> bytes | None:
         return self._by_name.get(name)
@@ -186,6 +190,8 @@ class _ServerConnection:
         try:
             if not self._pieces:
                 await self._receive()
+            if (request := self._plain_request()) is not None:
+                return request
             self._feed()
             event = await self._next_event()
         except ClientGoneError:
@@ -194,13 +200,38 @@ class _ServerConnection:
             raise
         if not isinstance(event, h11.Request):
             return None
-        self._patience_s = PIECE_TIMEOUT_S
-        request = Request(event, self)
+        request = self._request_of(event)
         if request.length is not None:
             # nothing to parse: such a body goes past h11, which would copy every byte twice
             self._body_missing = request.length
             self._take_back()
         return request
+
+    def _plain_request(self) -> Request | None:
+        """One that came at once and needs no h11."""
+        head = read_head(self._pieces[0]) if self._pieces else None
+        if head is None:
+            return None
+        piece = self._pieces.popleft()
+        if len(piece) > head.size:
+            self._pieces.appendleft(piece[head.size :])
+        self._patience_s, self._body_missing = PIECE_TIMEOUT_S, head.length
+        return Request(head.method, head.target, head.headers, head.length, self)
+
+    def _request_of(self, head: h11.Request) -> Request:
+        self._patience_s = PIECE_TIMEOUT_S
+        headers = [(name.lower(), value) for name, value in head.headers.raw_items()]
+        lengths = [value for name, value in headers if name == b"content-length"]  # h11 has seen that it is a number
+        chunked = any(name == b"transfer-encoding" for name, _ in headers)
+        closes = any(name == b"connection" and b"close" in value.lower() for name, value in headers)
+        return Request(
+            bytes(head.method),
+            bytes(head.target),
+            headers,
+            None if chunked else int(lengths[0] if lengths else 0),
+            self,
+            keeps_connection=head.http_version >= b"1.1" and not closes,
+        )
 
     def _take_back(self) -> None:
         """What h11 was given and did not need is the body's, or the next request's."""
