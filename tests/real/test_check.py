@@ -149,7 +149,9 @@ async def assert_agree(
         assert own == real, f"{what}, verify={verify}"
 
 
-async def assert_agree_on_all(grid: TahoeGrid, client: GridClient, caps: Mapping[str, str]) -> None:
+async def assert_agree_on_all(
+    grid: TahoeGrid, client: GridClient, caps: Mapping[str, str], modes: tuple[bool, ...] = (False, True)
+) -> None:
     """`caps`: {what was done to it: read cap of a file}."""
 
     def link() -> str:
@@ -158,7 +160,7 @@ async def assert_agree_on_all(grid: TahoeGrid, client: GridClient, caps: Mapping
         return directory
 
     directory = await trio.to_thread.run_sync(link)
-    for verify in (False, True):
+    for verify in modes:
         own: dict[str, dict[str, Any]] = {}
 
         async def check(name: str, cap: str, verify: bool = verify, own: dict[str, dict[str, Any]] = own) -> None:
@@ -181,7 +183,10 @@ async def test_shares_lost_moved_and_cut_and_each_field_corrupt(real_grid: Tahoe
         damages = COMMON | {field: field_flipped(field, 2) for field in FIELDS[kind]}
         caps = {name: damaged(real_grid, cap, name, damage) for name, damage in damages.items()}
         looser = {name for name in caps if (kind, name) in LOOSER}
-        await assert_agree_on_all(real_grid, client, {name: caps[name] for name in caps if name not in looser})
+        exact = {name: cap for name, cap in caps.items() if name not in looser}
+        await assert_agree_on_all(real_grid, client, {name: cap for name, cap in exact.items() if name in COMMON})
+        corrupt = {name: cap for name, cap in exact.items() if name not in COMMON}
+        await assert_agree_on_all(real_grid, client, corrupt, (True,))
         for name in looser:
             results = (await ours(client, caps[name], True))["results"]
             assert not results["healthy"] and results["count-shares-good"] == 9, name
