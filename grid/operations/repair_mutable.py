@@ -229,7 +229,7 @@ class MutableRepair:
                 with trio.fail_after(WRITE_TIMEOUT_S):
                     written, _ = await server.slot_testv_and_readv_and_writev(index, secrets, call, [])
             except (PeerError, trio.TooSlowError) as error:
-                log.info("repair: share %d on %s: %s", number, server.name, error or "took too long")
+                log.info("repair: share %d on %s: %s", number, server.name, str(error) or "took too long")
                 place.failed = True
                 return
             if not written:
