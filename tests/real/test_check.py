@@ -48,6 +48,7 @@ pytestmark = pytest.mark.interop
 SIZES: Final = {"CHK": 60_000, "SDMF": 60_000, "MDMF": 140_000}  # segments: 3, 1, 2
 CHK_SEGMENT_BYTES: Final = 24_999  # a multiple of k
 LARGE_CHK_BYTES: Final = 2 * MAX_SEGMENT_BYTES + 100_000
+SPARE: Final = 7  # n - k
 PRIVATE_KEY_BYTES: Final = 1216  # at the end of an SDMF share
 SERVERS_TIMEOUT_S: Final = 60
 
@@ -180,15 +181,20 @@ async def assert_agree_on_all(
 async def test_shares_lost_moved_and_cut_and_each_field_corrupt(real_grid: TahoeGrid, kind: str) -> None:
     async with joined(real_grid) as client:
         cap = await new_file(real_grid, client, kind, "damaged")
-        damages = COMMON | {field: field_flipped(field, 2) for field in FIELDS[kind]}
-        caps = {name: damaged(real_grid, cap, name, damage) for name, damage in damages.items()}
-        looser = {name for name in caps if (kind, name) in LOOSER}
-        exact = {name: cap for name, cap in caps.items() if name not in looser}
-        await assert_agree_on_all(real_grid, client, {name: cap for name, cap in exact.items() if name in COMMON})
-        corrupt = {name: cap for name, cap in exact.items() if name not in COMMON}
+        caps = {name: damaged(real_grid, cap, name, damage) for name, damage in COMMON.items()}
+        exact = {name: cap for name, cap in caps.items() if (kind, name) not in LOOSER}
+        await assert_agree_on_all(real_grid, client, exact)
+        # as many fields at once as shares may be bad; both sides name each of these
+        fields = [field for field in FIELDS[kind] if (kind, field) not in LOOSER]
+        groups = [fields[at : at + SPARE] for at in range(0, len(fields), SPARE)]
+        corrupt = {"; ".join(group): another(real_grid, cap, group[0]) for group in groups}
+        for group, other in zip(groups, corrupt.values(), strict=True):
+            for number, field in enumerate(group):
+                field_flipped(field, number)(real_grid, copies_of(real_grid, other))
         await assert_agree_on_all(real_grid, client, corrupt, (True,))
-        for name in looser:
-            results = (await ours(client, caps[name], True))["results"]
+        for name in [name for looser_kind, name in LOOSER if looser_kind == kind]:
+            other = caps[name] if name in caps else damaged(real_grid, cap, name, field_flipped(name, 2))
+            results = (await ours(client, other, True))["results"]
             assert not results["healthy"] and results["count-shares-good"] == 9, name
 
 
