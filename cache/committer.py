@@ -367,11 +367,14 @@ class Committer:
     async def wait(self, upto: int, stall_s: float = math.inf) -> None:
         """Return when all up to position `upto` is on the grid, linked up to the root, or wanted no more.
 
-        Holds nothing back meanwhile. Raises the error of what has failed WAIT_ATTEMPTS times since this call,
-        PeerTimeoutError when nothing at all has got any further for `stall_s`.
+        Holds nothing back meanwhile, and has servers that are away dialled at once if anything failed. Raises the error
+        of what has failed WAIT_ATTEMPTS times since this call, PeerTimeoutError when nothing at all has got any further
+        for `stall_s`.
         """
         with self._urgency(upto):
             before = {thing: thing.attempts for thing, _ in self._failing()}
+            if before:
+                self._client.broker.retry_now()
             progress, moved_at = self._progress(), trio.current_time()
             while not self._journal.settled(upto):
                 for thing, position in self._failing():

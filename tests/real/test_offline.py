@@ -58,6 +58,7 @@ def test_the_grid_goes_and_comes_back(real_grid: TahoeGrid, root_cap: str, mount
                 tahoefs("umount", another.path)
         wait_until(lambda: state(mount) == "online", "the mount to come back", 90)
         assert (mount.path / "unread").read_bytes() == content(200_530, 53)
+        mount.wait_servers(10)
         mount.sync()
     assert real_grid.get(root_cap, "written") == b"while it was away" * 1000
     nothing_readable(node_dir / "tahoefs")
