@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ HUGE_BYTES = 100 << 30
 SEGMENT_BYTES = 1 << 20
 PLACES = 40
 ENTRIES = 20_000
-DIRECTORIES, FILES = 6, 100
+DIRECTORIES, FILES = 100 if os.environ.get("TAHOEFS_SOAK") == "1" else 6, 100
 
 
 @define
