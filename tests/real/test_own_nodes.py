@@ -179,8 +179,9 @@ def test_storage_directories_change_hands(tmp_path: Path, ours_first: bool) -> N
                 server.start()
             wait_listening(grid)
             *units, _ = grid.deep_check(root)
-            ill = [each for each in units if not each["check-results"]["results"]["healthy"]]
-            assert not ill, (turn, ill)
+            ill = {"/".join(each["path"]): each["check-results"]["results"] for each in units}
+            ill = {path: results for path, results in ill.items() if not results["healthy"]}
+            assert not ill, (turn, json.dumps(ill))
             for name in ("sdmf", "mdmf"):
                 assert grid.get(caps[name]) == data[name]
                 data[name] = rng.randbytes(len(data[name]) + 1000)
