@@ -149,6 +149,7 @@ class BlockStore:
     def give_way(self, size: int) -> bool:
         """Have room for a pack of `size` bytes beside this store. False: not on this disk. Raises OSError."""
         with self._writing:
+            self._notice_removal()
             self._evict(list_packs(self._path), size)
             return self._make_room_on_disk(size)
 
@@ -158,6 +159,7 @@ class BlockStore:
         Raises OSError.
         """
         with self._writing:
+            self._notice_removal()
             number = max(list_packs(self._path), default=0) + 1
             while True:
                 if number > PACK_NUMBER_MAX:
@@ -194,10 +196,7 @@ class BlockStore:
         if self._pack is not None:
             self._pack.close()
             self._pack = None
-        if not self._index.is_at(self._path / "index"):  # the cache was cleaned away under us
-            if self._old_index is not None:
-                self._old_index.close()
-            self._old_index, self._index = self._index, _open_index(self._path, self.limit_bytes)
+        self._notice_removal()
         packs = list_packs(self._path)
         if starting and (resumed := resume_pack(self._path, packs, size, self._pack_bytes)) is not None:
             self._pack = resumed
@@ -206,6 +205,13 @@ class BlockStore:
         self._pack = create_pack(self._path, packs)
         for key, head, payload in rescued:
             self._write(key, head, payload)
+
+    def _notice_removal(self) -> None:
+        """Begin anew when the cache was cleaned away under us. Raises OSError."""
+        if not self._index.is_at(self._path / "index"):
+            if self._old_index is not None:
+                self._old_index.close()
+            self._old_index, self._index = self._index, _open_index(self._path, self.limit_bytes)
 
     def _evict(self, packs: dict[int, int], size: int) -> list[tuple[bytes, bytes, bytes]]:
         """Make room for a pack that begins with a record of `size` bytes. Returns what gets a second chance."""

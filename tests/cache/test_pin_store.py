@@ -177,6 +177,17 @@ def test_the_folder_is_removed_while_it_is_open(tmp_path: Path, both: Both) -> N
     assert both.held(1, 2) == [False, True]
 
 
+def test_the_whole_cache_is_removed_while_it_is_open(tmp_path: Path, both: Both) -> None:
+    """Pins need the block store to give way, which has to find its own place again for that."""
+    both.pin(1)
+    for each in tmp_path.iterdir():
+        shutil.rmtree(each)
+    both.pins.begin_epoch("one")
+    both.pin(2)
+    assert both.held(1, 2) == [False, True]
+    assert put(both.blocks, 3) and both.blocks.get(key(3), SECRET) is not None
+
+
 def test_a_damaged_index_is_made_anew(tmp_path: Path, both: Both) -> None:
     both.pin(*range(50))
     both.pins.close()
