@@ -260,25 +260,29 @@ class PinTree:
             else:
                 path = path[:-1]
             looks = await self._holder.look(list(files.values()))
-            wanted = [((*path, name), files[name]) for name, look in zip(files, looks, strict=True) if not look.is_held]
-            fetched = await in_lanes(FILES_AT_ONCE, wanted, partial(self._fetch, pin, survey))
-            left += len(wanted) - sum(fetched.values())
+            wanted: dict[Cap, list[Path]] = {}  # fetched once, however many names it has
+            for name, look in zip(files, looks, strict=True):
+                if not look.is_held:
+                    wanted.setdefault(files[name], []).append((*path, name))
+            items = [(paths[0], cap, len(paths)) for cap, paths in wanted.items()]
+            fetched = await in_lanes(FILES_AT_ONCE, items, partial(self._fetch, pin, survey))
+            left += sum(names for (_, _, names), is_held in fetched.items() if not is_held)
         return left
 
     async def _files_of_literal(self, cap: DirectoryCap) -> Mapping[str, Cap]:
         contents, _ = await self._kept.read_directory(cap)
         return _sorted_out(contents)[0]
 
-    async def _fetch(self, pin: Pin, survey: Survey, item: tuple[Path, Cap]) -> bool:
-        """Whether it is held then."""
-        path, cap = item
+    async def _fetch(self, pin: Pin, survey: Survey, item: tuple[Path, Cap, int]) -> bool:
+        """A file with so many names in its directory; whether it is held then."""
+        path, cap, names = item
         attempts, retry_at, failure = self._failed.get(cap, (0, 0.0, None))
         if failure is not None and trio.current_time() < retry_at:
             survey.note(path, failure)
             return False
 
         def tell(size: int) -> None:
-            pin.bytes_held = min(pin.bytes, pin.bytes_held + size)
+            pin.bytes_held = min(pin.bytes, pin.bytes_held + size * names)
 
         try:
             await self._holder.fetch(cap, tell)
@@ -291,7 +295,7 @@ class PinTree:
             survey.note(path, error)
             return False
         self._failed.pop(cap, None)
-        pin.files_held = min(pin.files, pin.files_held + 1)
+        pin.files_held = min(pin.files, pin.files_held + names)
         return True
 
 

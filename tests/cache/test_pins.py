@@ -15,6 +15,8 @@ import trio
 from attrs import evolve
 
 from cache import Pin, Pins, Workspace, kept_directory, open_disk, open_workspace
+from cache.block_packs import list_packs
+from cache.pin_store import FORMAT
 from cache.pin_tree import RETRY_FIRST_S
 from grid.errors import GridError, NoSuchChildError
 from grid.formats.caps import Cap, DirectoryCap, LiteralCap
@@ -276,6 +278,7 @@ async def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
             assert found.message is not None and "takes 5.0 MiB more" in found.message
             assert "may take 4.5 MiB of the cache" in found.message and "cache_size=" in found.message
             assert (await pin(workspace, "copies")).state == "complete"  # what is linked often counts once
+            assert sum(list_packs(tmp_path / "cache" / FORMAT).values()) < 3 << 19  # and is fetched once
             assert (await pin(workspace, "small")).state == "complete"
             await pins_of(workspace).remove(("large",))
         async with mount(client, root, tmp_path, 60 << 20) as workspace:
