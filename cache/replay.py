@@ -72,6 +72,7 @@ class Replay:
         self._same_boot = same_boot
         self._adopted = adopted
         self._files: dict[int, SealedFile | Cap] = {}
+        self._lost_files: dict[int, str] = {}  # and why; that matters only to who needs one
         self._pending: dict[int, PendingFile] = {}
         self._new: dict[int, Directory] = {}
         self._changes: dict[int, Change] = {}
@@ -85,7 +86,10 @@ class Replay:
                     try:
                         make(number, row)
                     except _MALFORMED as error:
-                        found.lost.append(f"{row.get('path') or kind}: {row.get('name', number)}: {error}")
+                        if kind == "file":
+                            self._lost_files[number] = str(error)
+                        else:
+                            found.lost.append(f"{row.get('path') or kind}: {row.get('name', number)}: {error}")
                 found.last_id = max(found.last_id, number)
         for number, change in self._changes.items():
             change.wait_for(
@@ -96,11 +100,10 @@ class Replay:
         for change in found.changes:
             change.directory.restore(change)
             found.position = max(found.position, change.position)
-        for file in self._files.values():
-            if isinstance(file, SealedFile):
-                file.release()  # ours; whoever needs it has an ownership of his own
-                if not file.gone:
-                    found.files.append(file)
+        files = [file for file in self._files.values() if isinstance(file, SealedFile)]
+        for file in files:
+            file.release()  # ours; whoever needs it has an ownership of his own
+        found.files = [file for file in files if not file.gone]  # not before: one may be laid over another
         used = {*self._changes, *(file.id for file in found.files), *(each.id for each in found.replacements)}
         bases = [self._rows[number].get("base") or {} for number in used]
         used.update(base["file"] for base in bases if "file" in base)
@@ -142,12 +145,15 @@ class Replay:
         sealed.id = number
         self._files[number] = sealed
 
+    def _why(self, number: int) -> str:
+        return f": {self._lost_files[number]}" if number in self._lost_files else ""
+
     def _base(self, base: Any, stop: int) -> Contents | None:
         if base is None:
             return None
         what = self._files.get(base["file"]) if "file" in base else cap_from_json(base["cap"])
         if what is None:
-            raise FormatError("what it was written over is lost")
+            raise FormatError(f"what it was written over is lost{self._why(base['file'])}")
         if isinstance(what, SealedFile):
             return SealedContents(what)
         kind = LiveContents if what.kind == "mdmf" else LazyContents
@@ -200,7 +206,7 @@ class Replay:
             file = self._files.get(number)
             if not isinstance(file, SealedFile):
                 if file is None:
-                    raise FormatError("its contents are lost")
+                    raise FormatError(f"its contents are lost{self._why(number)}")
                 return file
             self._pending[number] = PendingFile(file.retain(), name, mutable)
         return self._pending[number]
@@ -218,7 +224,7 @@ class Replay:
     def _replacement(self, number: int, row: Row) -> None:
         file = self._files.get(row["file"])
         if not isinstance(file, SealedFile):
-            raise FormatError("its contents are lost")
+            raise FormatError(f"its contents are lost{self._why(row['file'])}")
         cap, name = cap_from_json(row["cap"]), row.get("name", "a mutable file")  # older journals have none
         replacement = Replacement(cap, file.retain(), row["position"], name)
         replacement.id = number

@@ -235,6 +235,33 @@ async def test_killed_before_the_journal_has_it_that_a_file_is_not_needed(
         assert list((here.slot / "files").iterdir()) == []
 
 
+async def test_killed_again_before_the_journal_has_it_that_files_were_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One laid over the other, removed while it was open: nothing is lost by it, and so nothing is said."""
+    async with machine(tmp_path) as here:
+        async with here.process(evolve(SLOW, keep_bytes=0)) as workspace:
+            here.client.pause()
+            _, target = await put(workspace, workspace.root, "file", LONG)
+            contents = await workspace.new_contents(target)
+            await contents.write(50_000, LONG[:20_000])
+            _, target, _ = await workspace.store(workspace.root, "file", contents, {}, over=target)
+            reader = await workspace.open_contents(target)
+            await workspace.unlink(workspace.root, "file")
+            await workspace.persist()
+            await here.kill(workspace)
+            reader.close()
+        assert len(list((here.slot / "files").iterdir())) == 2
+        monkeypatch.setattr(journal, "FLUSH_S", 3600.0)
+        async with here.process() as workspace:
+            assert workspace.status()["errors"] == []
+            await here.kill(workspace)
+        assert list((here.slot / "files").iterdir()) == []
+        async with here.process() as workspace:
+            assert workspace.status()["errors"] == []
+            assert workspace.root.entries() == {}
+
+
 async def test_a_change_inside_a_stored_file_needs_only_what_was_written(tmp_path: Path) -> None:
     async with machine(tmp_path) as here:
         async with here.process() as workspace:
