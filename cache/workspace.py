@@ -41,6 +41,7 @@ from grid.formats.caps import Cap, DirectoryCap, LiteralCap, UnknownCap
 from grid.formats.segments import LITERAL_BYTES_MAX
 
 UPLOADS_SHOWN_MAX: Final = 50
+_SHOWN_LATER: Final = {"queued": 1, "linking": 2}  # than what is being sent; what waits for its directory alone is last
 
 
 class Workspace(Tree):
@@ -269,7 +270,7 @@ class Workspace(Tree):
         pending: list[PendingFile | Replacement] = list(
             dict.fromkeys(itertools.chain(uploads.pending(), committer.linking(), committer.replacements))
         )
-        shown = itertools.islice(sorted(pending, key=lambda file: file.stage == "queued"), UPLOADS_SHOWN_MAX)
+        shown = sorted(pending, key=lambda file: _SHOWN_LATER.get(file.stage, 0))[:UPLOADS_SHOWN_MAX]
         now = time.time()
         errors = [(now, path, str(error)) for path, error in committer.errors()][:ERRORS_MAX]
         errors += self._read_errors

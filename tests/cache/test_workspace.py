@@ -10,6 +10,7 @@ import trio.testing
 from attrs import evolve
 
 from cache import PendingFile, Workspace, open_workspace
+from cache.workspace import UPLOADS_SHOWN_MAX
 from grid.errors import (
     ChildExistsError,
     FormatError,
@@ -232,6 +233,23 @@ async def test_a_removed_new_directory_is_never_made(tmp_path: Path) -> None:
         client.resume()
         assert client.calls("slot_writev") == before and client.uploads <= 1
         assert workspace.status()["pending"] == {"files": 0, "bytes": 0, "directories": 0}
+
+
+async def test_what_is_not_sent_is_shown_before_what_only_waits_for_its_directory(tmp_path: Path) -> None:
+    async with mounted(tmp_path, SLOW) as (client, workspace):
+        stored = [(await put(workspace, workspace.root, f"{n}", DATA + b"%d" % n))[1] for n in range(UPLOADS_SHOWN_MAX)]
+        while any(target.cap is None for target in stored):
+            await trio.lowlevel.checkpoint()
+        assert {each["stage"] for each in workspace.status()["uploads"]} == {"linking"}
+        client.pause()
+        for number in range(20):
+            await put(workspace, workspace.root, f"late {number}", DATA[::-1] + b"%d" % number)
+        await trio.testing.wait_all_tasks_blocked()
+        stages = [each["stage"] for each in workspace.status()["uploads"]]
+        order = sorted(stages, key={"encoding": 0, "pushing": 0, "queued": 1, "linking": 2}.__getitem__)
+        assert stages == order and (len(stages), stages.count("linking")) == (UPLOADS_SHOWN_MAX, UPLOADS_SHOWN_MAX - 20)
+        client.resume()
+        await workspace.wait()
 
 
 async def test_two_writers_of_different_names_lose_nothing(tmp_path: Path) -> None:
