@@ -91,7 +91,9 @@ class ConnectionPool:
             if not connection.is_stale():
                 return connection
             await connection.aclose()
-        return await dial(self._nurl)
+        with self._pulse.dialling():
+            return await dial(self._nurl)
+        raise AssertionError("unreachable")
 
     async def _give_back(self, connection: HTTPConnection) -> None:
         if connection.reusable and not self._closed:

@@ -57,6 +57,9 @@ class Pulse:
     def asked(self, moved_bytes: int = 0) -> None:
         CALLS.add()
         CALL_BYTES.add(moved_bytes)
+        self._expect(moved_bytes)
+
+    def _expect(self, moved_bytes: int = 0) -> None:
         self._unanswered += 1
         self._bytes_moving += moved_bytes
         if self._silent_since is None:
@@ -99,6 +102,17 @@ class Pulse:
                 self.answered(moved_bytes)
             else:
                 self.given_up(moved_bytes)
+
+    @contextmanager
+    def dialling(self) -> Iterator[None]:
+        """Around one more connection: no call, but a server that hangs does not answer that either."""
+        self._expect()
+        try:
+            yield
+        except BaseException:
+            self.given_up()
+            raise
+        self.answered()
 
     async def watch(self, probe: Callable[[], Awaitable[None]]) -> None:
         """Run `probe` (a call that goes through `call()`) when in doubt, and every REFRESH_S when idle.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -419,3 +420,16 @@ async def test_an_allocation_that_fails_as_the_server_is_lost() -> None:
     assert uploads.give_back(bytes(16), 0, b"secret").is_set()
     with pytest.raises(ConnectionLostError):
         uploads.post(uploads.writer(bytes(16), 0, b"secret", 10), 0, b"data")
+
+
+async def test_a_server_that_hangs_is_silent_to_who_opens_another_connection() -> None:
+    """The kernel takes the connection, nobody says a word in it."""
+    listener = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener[0].socket.getsockname()[1]
+    beat = pulse.Pulse()
+    pool = http_pool.ConnectionPool(gbs.Nurl(bytes(32), "127.0.0.1", port, "x"), beat)
+    async with trio.open_nursery() as nursery, listener[0]:
+        call = partial(pool.request, b"GET", b"/", answer_bytes_max=1, timeout_s=60, what="a call")
+        nursery.start_soon(call)
+        await until(lambda: not beat.responsive)
+        nursery.cancel_scope.cancel()
