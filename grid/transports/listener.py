@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from socket import MSG_PEEK, SO_RCVLOWAT, SOL_SOCKET
 from typing import Final
 
 import trio
@@ -95,8 +96,8 @@ class CombinedPort:
 
     async def _serve(self, transport: trio.abc.Stream, welcomed: Callable[[], object]) -> None:
         with trio.fail_after(FIRST_BYTES_TIMEOUT_S):
-            received = await _first_bytes(transport)
-        if received.startswith(FOOLSCAP_START) and self._tub is not None:
+            start, received = await _first_bytes(transport)
+        if start.startswith(FOOLSCAP_START) and self._tub is not None:
             with self._drain.ending():
                 await self._tub.accept(transport, received, welcomed=welcomed)
         elif self._tls is not None and self._handler is not None:
@@ -113,12 +114,34 @@ class CombinedPort:
                 await stream.aclose()
 
 
-async def _first_bytes(transport: trio.abc.Stream) -> bytes:
-    """At least as many as tell the protocols apart. Raises ClientGoneError."""
+async def _first_bytes(transport: trio.abc.Stream) -> tuple[bytes, bytes]:
+    """Enough to tell the protocols apart; what of it was taken from the transport. Raises ClientGoneError.
+
+    Of a socket nothing is taken: TLS may have the socket itself then.
+    """
+    if isinstance(transport, trio.SocketStream):
+        start, received = await _peek(transport.socket, len(FOOLSCAP_START)), b""
+    else:
+        start = received = await _receive_at_least(transport, len(FOOLSCAP_START))
+    if len(start) < len(FOOLSCAP_START):
+        raise ClientGoneError("closed before it said anything")
+    return start, received
+
+
+async def _peek(socket: trio.socket.SocketType, count: int) -> bytes:
+    """What will be received next; fewer at the end. Raises ClientGoneError."""
+    try:
+        socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, count)
+        await trio.lowlevel.wait_readable(socket)
+        socket.setsockopt(SOL_SOCKET, SO_RCVLOWAT, 1)
+        return await socket.recv(count, MSG_PEEK)
+    except OSError:
+        raise ClientGoneError("connection lost") from None
+
+
+async def _receive_at_least(transport: trio.abc.Stream, count: int) -> bytes:
+    """Fewer at the end."""
     received = b""
-    while len(received) < len(FOOLSCAP_START):
-        data = await transport.receive_some(FIRST_READ_BYTES)
-        if not data:
-            raise ClientGoneError("closed before it said anything")
+    while len(received) < count and (data := await transport.receive_some(FIRST_READ_BYTES)):
         received += data
     return received

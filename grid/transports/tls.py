@@ -3,11 +3,11 @@
 Tubs trust no authority: any certificate is taken, and its SHA-1 is the peer's name. Both sides present one.
 The dialler uses the standard library. The acceptor cannot: the standard library asks for a client certificate
 only together with verifying it, which self-signed ones fail; so it uses pyOpenSSL with a callback that accepts.
-The dialler runs over memory buffers, the acceptor on the socket itself; `grid/transports/tls_stream.py` makes streams
-of them.
 
 For HTTP the server alone shows a certificate, and the standard library does both sides. Whoever dials compares
 the hash of its public key with what was announced, see `dial_pinned`.
+
+Diallers run over memory buffers, acceptors on the socket itself; `grid/transports/tls_stream.py` makes streams of both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import hmac
 import os
 import ssl
+from contextlib import suppress
 from functools import cache
+from socket import socket as stdlib_socket
 from typing import Final
 
 import trio
@@ -66,6 +68,8 @@ class ServerTLS:
 
     async def accept(self, transport: trio.abc.Stream, received: bytes = b"") -> TLSStream:
         """The handshake; `received` was read of it already. As for tubs."""
+        if isinstance(transport, trio.SocketStream) and not received:
+            return await _shake_hands(transport, _LibrarySocketEngine(self._context, transport.socket))
         engine = _LibraryEngine(self._context, server_side=True)
         engine.put(received)
         return await _shake_hands(transport, engine)
@@ -89,7 +93,11 @@ async def dial_pinned(transport: trio.abc.Stream, spki_hash: bytes) -> TLSStream
 
 async def _shake_hands(transport: trio.abc.Stream, engine: Engine) -> TLSStream:
     stream = TLSStream(transport, engine)
-    await stream.do_handshake()
+    try:
+        await stream.do_handshake()
+    except BaseException:
+        engine.shutdown()
+        raise
     return stream
 
 
@@ -173,6 +181,82 @@ class _LibraryEngine:
             return self._tls.getpeercert(binary_form=True)
         except ValueError:
             return None
+
+
+class _LibrarySocketEngine:
+    """Accepting on the socket itself: each record is worked on while it is in the processor's cache, and no byte goes
+    by way of memory buffers.
+    """
+
+    has_socket = True
+
+    def __init__(self, context: ssl.SSLContext, socket: trio.socket.SocketType) -> None:
+        """Raises BrokenResourceError."""
+        self._socket = socket
+        self._ended = False  # after which the library must not be asked again
+        try:
+            # The library closes what it is given, and the transport closes its own: so there are two descriptors.
+            plain = stdlib_socket(fileno=os.dup(socket.fileno()))
+            plain.setblocking(False)  # which the other one is as well, from now on as before
+            self._tls = context.wrap_socket(
+                plain, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+        except OSError as error:
+            raise trio.BrokenResourceError(f"TLS handshake failed: {error.strerror}") from error
+
+    def _check_open(self) -> None:
+        if self._socket.fileno() < 0:
+            raise trio.ClosedResourceError("this stream is closed")
+
+    def handshake(self) -> bool:
+        self._check_open()
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        except (OSError, ValueError) as error:
+            raise trio.BrokenResourceError("TLS handshake failed") from error
+        return True
+
+    def put(self, ciphertext: Buffer) -> None:
+        raise ValueError("this engine takes it from the socket")
+
+    def take(self) -> bytes:
+        return b""
+
+    def read(self, pieces: list[bytes]) -> bool:
+        self._check_open()
+        left = 0 if self._ended else READ_BYTES
+        try:
+            while left > 0 and (piece := self._tls.read(RECORD_BYTES)):
+                pieces.append(piece)
+                left -= len(piece)
+            self._ended = left > 0
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            self._ended = True  # many peers close without a goodbye
+        except OSError as error:
+            raise trio.BrokenResourceError("TLS failed") from error
+        return not self._ended
+
+    def write(self, plaintext: memoryview) -> int:
+        self._check_open()
+        try:
+            return self._tls.write(plaintext)
+        except ssl.SSLWantWriteError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError("TLS failed") from error
+
+    def shutdown(self) -> None:
+        with suppress(OSError, ValueError):  # the goodbye was said, or cannot be said any more
+            if self._socket.fileno() >= 0:
+                self._tls.unwrap()
+        self._tls.close()
+
+    def peer_certificate_der(self) -> bytes | None:
+        return None  # none was asked for
 
 
 # --- accepting as a tub: pyOpenSSL

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
 from contextlib import suppress
 
 import pytest
@@ -72,6 +75,61 @@ async def test_the_first_bytes_may_come_one_by_one(peer: Peer) -> None:
         await stream.send_all(bytes((byte,)))
     await stream.send_all(b"nonsense HTTP/1.1\r\n\r\n")
     assert (await stream.receive_some()).startswith(b"HTTP/1.1 500 ")  # the tub's own words
+
+
+@pytest.mark.parametrize(
+    ("start", "rest", "answer"),
+    [
+        (b"GET /id/", b"nonsense HTTP/1.1\r\n\r\n", b"HTTP/1.1 500 "),  # the tub's own words
+        (b"\x16\x03\x01\x00", b"\x05hello", b"\x15\x03"),  # an alert of TLS
+    ],
+)
+async def test_they_may_come_one_by_one_over_tcp(peer: Peer, start: bytes, rest: bytes, answer: bytes) -> None:
+    port: int = await peer.nursery.start(peer.combined.run, HOST, 0)
+    async with await trio.open_tcp_stream(HOST, port) as stream:
+        for byte in start:
+            await stream.send_all(bytes((byte,)))
+            await trio.testing.wait_all_tasks_blocked()
+        assert peer.combined.connections == 1
+        await stream.send_all(rest)
+        with trio.fail_after(20):
+            assert (await stream.receive_some()).startswith(answer)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("start", [b"", b"GET", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET /id/", b"SSH-2.0-x\r\n"])
+async def test_who_breaks_off_leaves_nothing_open(peer: Peer, start: bytes, reset: bool) -> None:
+    """Also in the middle of a handshake: no connection, and no descriptor."""
+    port: int = await peer.nursery.start(peer.combined.run, HOST, 0)
+    connection = await dial_http(HOST, port, spki_hash=SPKI_HASH)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        stream = await trio.open_tcp_stream(HOST, port)
+        await stream.send_all(start)
+        await trio.testing.wait_all_tasks_blocked()
+        if reset:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await trio.aclose_forcefully(stream)
+    with trio.fail_after(30):
+        while peer.combined.connections > 1 or len(os.listdir("/proc/self/fd")) > before:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+    assert (await connection.request(b"GET", b"/", (), answer_bytes_max=99)).status == 200
+    await connection.aclose()
+
+
+async def test_an_http_connection_leaves_no_descriptor(peer: Peer) -> None:
+    port: int = await peer.nursery.start(peer.combined.run, HOST, 0)
+    before = len(os.listdir("/proc/self/fd"))
+    for polite in (True, False):
+        connection = await dial_http(HOST, port, spki_hash=SPKI_HASH)
+        assert (await connection.request(b"GET", b"/", (), answer_bytes_max=99)).status == 200
+        if polite:
+            await connection.aclose()
+        else:
+            await trio.aclose_forcefully(connection)
+    with trio.fail_after(30):
+        while peer.combined.connections or len(os.listdir("/proc/self/fd")) > before:
+            await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 @pytest.mark.parametrize(
