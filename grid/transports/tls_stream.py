@@ -5,7 +5,7 @@
 
 Both ways in large pieces: on a fast line each wakeup costs more than what it moves. Who knows that much is on its way
 may say so: then the kernel wakes us once for GATHER_BYTES, not for every packet. A send that the kernel takes at once
-does not give way to other tasks.
+gives way to other tasks only after TURN_BYTES.
 
 Limits: nothing is read ahead beyond one read of the socket, and ciphertext is sent in pieces of at most SEND_BYTES and
 what records add to it.
@@ -23,7 +23,8 @@ import trio
 READ_BYTES: Final = 1 << 20  # asked of the socket at a time
 RECORD_BYTES: Final = 16 << 10  # plaintext in one TLS record
 SEND_BYTES: Final = 256 << 10  # ciphertext gathered before it is handed to the socket
-COALESCE_BYTES: Final = RECORD_BYTES  # smaller buffers are joined until they fill a record
+TURN_BYTES: Final = 1 << 20  # sent without giving way to other tasks
+COALESCE_BYTES: Final = RECORD_BYTES  # small buffers are joined until they fill a record, if need be with what follows
 GATHER_BYTES: Final = 1 << 20  # waited for at a time where so much is known to come
 GATHER_TIMEOUT_S: Final = 0.2  # then what has come will do: on a slow line, or from a peer that stopped
 UNREAD_BYTES_MAX: Final = 32 << 10  # of what was received, in a record that is not whole: less than two records
@@ -68,6 +69,7 @@ class TLSStream(trio.abc.Stream):
         self._engine = engine
         self._send_lock = trio.Lock()
         self._encrypted_bytes = 0  # plaintext encrypted and not handed to the transport yet
+        self._turn_bytes = 0  # plaintext encrypted since others had their turn
         self._gathering = 1  # bytes that make our socket readable
 
     @property
@@ -166,15 +168,16 @@ class TLSStream(trio.abc.Stream):
         try:
             small = bytearray()
             for buffer in buffers:
-                if len(buffer) < COALESCE_BYTES:
+                if len(small) + len(buffer) < COALESCE_BYTES:
                     small += buffer
-                    if len(small) < COALESCE_BYTES:
-                        continue
+                    continue
+                data = memoryview(buffer)
                 if small:
+                    missing = COALESCE_BYTES - len(small)
+                    small += data[:missing]
                     await self._encrypt(memoryview(small))
-                    small = bytearray()
-                if len(buffer) >= COALESCE_BYTES:
-                    await self._encrypt(memoryview(buffer))
+                    data, small = data[missing:], bytearray()
+                await self._encrypt(data)
             if small:
                 await self._encrypt(memoryview(small))
             await self._send_encrypted()
@@ -189,16 +192,20 @@ class TLSStream(trio.abc.Stream):
             await self._send_lock.acquire()
 
     async def _encrypt(self, data: memoryview) -> None:
-        """The send lock is held. Sends whenever enough has gathered, and gives way to others then."""
+        """The send lock is held. Sends whenever enough has gathered."""
         position = 0
+        at_a_time = TURN_BYTES if self._engine.has_socket else SEND_BYTES
         while position < len(data):
-            written = self._engine.write(data[position : position + SEND_BYTES])
+            written = self._engine.write(data[position : position + at_a_time])
             position += written
+            self._encrypted_bytes += written
+            self._turn_bytes += written
             if not written:
                 await self._wait_writable()
-            self._encrypted_bytes += written
-            if self._encrypted_bytes >= SEND_BYTES:
+            elif self._encrypted_bytes >= SEND_BYTES:
                 await self._send_encrypted()
+            if self._turn_bytes >= TURN_BYTES:
+                self._turn_bytes = 0
                 await trio.lowlevel.checkpoint()
 
     async def _send_encrypted(self) -> None:
@@ -221,6 +228,7 @@ class TLSStream(trio.abc.Stream):
 
     async def _wait_writable(self) -> None:
         assert self.socket is not None
+        self._turn_bytes = 0
         await trio.lowlevel.wait_writable(self.socket)
 
     async def send_all(self, data: Buffer) -> None:
