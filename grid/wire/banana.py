@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from typing import Any, Final
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from attrs import field, frozen
 
@@ -61,6 +62,7 @@ _BODY_BYTES_MAX: Final = {
 }
 _BARE_KINDS: Final = frozenset((INT, NEG, OPEN, CLOSE, ABORT, PING, PONG))
 
+T = TypeVar("T")
 Token = tuple[int, Any]  # (kind, its number or body); VOCAB comes out as STRING, LONGNEG as LONGINT
 
 
@@ -92,10 +94,12 @@ class TokenReader:
     def __init__(self, vocabulary: Sequence[bytes] = ()) -> None:
         self.vocabulary = vocabulary
         self.string_bytes_max = STRING_BYTES_MAX  # may be changed at any time
-        self._data = b""  # not yet parsed; never more than one header beyond what was last given
+        self._data = b""  # being parsed; never more than one header beyond a piece that was given
         self._position = 0
-        self._body: list[bytes | memoryview] = []  # pieces of a body that did not arrive whole
+        self._later: deque[bytes] = deque()  # pieces after that
+        self._body: list[bytes | memoryview] = []  # pieces of a body that is not in one of them
         self._body_kind = 0  # of which type, or 0 when no body is under way
+        self._body_bytes = 0  # all of it
         self._body_missing = 0  # bytes
 
     @property
@@ -105,50 +109,50 @@ class TokenReader:
 
     def receive_data(self, *pieces: bytes) -> None:
         """What came, in order."""
-        taken = 0
-        if self._body_missing:
-            # A long body: keep the pieces as they come, so that no byte is looked at twice.
-            for piece in pieces:
-                if len(piece) > self._body_missing:
-                    break
-                self._body.append(piece)
-                self._body_missing -= len(piece)
-                taken += 1
-            else:
-                return
-        data = pieces[taken] if len(pieces) == taken + 1 else b"".join(pieces[taken:])
-        if self._body_missing:
-            self._body.append(data[: self._body_missing])
-            self._data, self._position = data, self._body_missing
-            self._body_missing = 0
-        elif self._position < len(self._data):
-            self._data, self._position = self._data[self._position :] + data, 0
+        if self._body_missing and not self._later and (size := sum(map(len, pieces))) <= self._body_missing:
+            self._body += pieces
+            self._body_missing -= size
         else:
-            self._data, self._position = data, 0
+            self._later += pieces
+
+    def take(self, read: Callable[[bytes, int], tuple[T, int] | None]) -> T | None:
+        """What `read` finds at the place where the next token begins; it says where it ends, too."""
+        if self._body_kind or (self._position >= len(self._data) and not self._next_piece()):
+            return None
+        if (found := read(self._data, self._position)) is None:
+            return None
+        taken, self._position = found
+        return taken
 
     def next_token(self) -> Token | None:
         if self._body_kind:
-            if self._body_missing:
+            return self._collected_body()
+        while True:
+            data, position = self._data, self._position
+            end = len(data)
+            header = shift = 0
+            while position < end:
+                if (kind := data[position]) >= 0x80:
+                    return self._token(kind, header, position + 1)
+                header |= kind << shift
+                shift += 7
+                position += 1
+                if shift > 7 * HEADER_BYTES_MAX:
+                    raise RemoteProtocolError(f"token prefix is limited to {HEADER_BYTES_MAX} bytes")
+            if not self._next_piece():
                 return None
-            kind, body = self._body_kind, Pieces(self._body, sum(map(len, self._body)))
-            self._body_kind, self._body = 0, []
-            if kind == STRING and len(body) >= PIECES_BYTES_MIN:
-                return kind, body
-            return _token_of_body(kind, bytes(body))
-        data, position = self._data, self._position
-        end = len(data)
-        if position >= end:
-            return None
-        header = shift = 0
-        while (kind := data[position]) < 0x80:
-            header |= kind << shift
-            shift += 7
-            position += 1
-            if shift > 7 * HEADER_BYTES_MAX:
-                raise RemoteProtocolError(f"token prefix is limited to {HEADER_BYTES_MAX} bytes")
-            if position >= end:
-                return None
-        position += 1
+
+    def _next_piece(self) -> bool:
+        """Go on to it, when the one at hand ends within a header; whether there is one."""
+        if not self._later:
+            return False
+        rest = self._data[self._position :]
+        piece = self._later.popleft()
+        self._data, self._position = (rest + piece if rest else piece), 0
+        return True
+
+    def _token(self, kind: int, header: int, position: int) -> Token | None:
+        """The one whose header ended before `position`; None when its body is not all there."""
         if kind in _BARE_KINDS:
             self._position = position
             return kind, (-header if kind == NEG else header)
@@ -157,9 +161,9 @@ class TokenReader:
             if header >= len(self.vocabulary):
                 raise RemoteProtocolError("unknown word in VOCAB token")
             return STRING, self.vocabulary[header]
-        return self._take_body(kind, header, position, end)
+        return self._take_body(kind, header, position)
 
-    def _take_body(self, kind: int, header: int, position: int, end: int) -> Token | None:
+    def _take_body(self, kind: int, header: int, position: int) -> Token | None:
         length = header
         if kind == FLOAT:
             length = FLOAT_BYTES
@@ -170,13 +174,32 @@ class TokenReader:
             if length > most:
                 raise RemoteProtocolError(f"token of type {kind:#x} is too large: {length}>{most}")
         stop = position + length
-        if stop <= end:
+        if stop <= len(self._data):
             self._position = stop
             return _token_of_body(kind, self._data[position:stop])
-        self._body_kind, self._body_missing = kind, stop - end
+        self._body_kind, self._body_bytes, self._body_missing = kind, length, stop - len(self._data)
         self._body = [memoryview(self._data)[position:]]
         self._data, self._position = b"", 0
-        return None
+        return self._collected_body()
+
+    def _collected_body(self) -> Token | None:
+        """The one under way. Its pieces are kept as they come, so that no byte is looked at twice."""
+        while self._body_missing and self._later:
+            piece = self._later.popleft()
+            if len(piece) > self._body_missing:
+                self._body.append(memoryview(piece)[: self._body_missing])
+                self._data, self._position = piece, self._body_missing
+                self._body_missing = 0
+            else:
+                self._body.append(piece)
+                self._body_missing -= len(piece)
+        if self._body_missing:
+            return None
+        kind, body = self._body_kind, Pieces(self._body, self._body_bytes)
+        self._body_kind, self._body = 0, []
+        if kind == STRING and len(body) >= PIECES_BYTES_MIN:
+            return kind, body
+        return _token_of_body(kind, bytes(body))
 
 
 def _token_of_body(kind: int, body: bytes) -> Token:
@@ -195,6 +218,8 @@ def header(number: int) -> bytes:
     """The header bytes of a non-negative number; zero is one zero byte."""
     if number < 0x80:
         return _SHORT_HEADERS[number]
+    if number < 0x4000:
+        return bytes((number & 0x7F, number >> 7))
     digits = bytearray()
     while number:
         digits.append(number & 0x7F)

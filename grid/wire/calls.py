@@ -32,6 +32,7 @@ from grid.wire.banana import (
     ping_token,
 )
 from grid.wire.failures import failure_to_send, shown
+from grid.wire.plain_calls import PlainCall, read_plain_call
 from grid.wire.reference_tables import BROKER_CLID, Names, ReferenceTables
 from grid.wire.references import Referenceable, Releases, RemoteHandle
 from grid.wire.remote_interfaces import INTERFACES, RIBroker
@@ -91,6 +92,7 @@ class Broker:
         self._tokens = TokenReader(vocabulary)
         self._tokens.string_bytes_max = STRANGER_STRING_BYTES_MAX
         self._reader = MessageReader(self._tables)
+        self._reads_plain_calls = vocabulary is VOCABULARIES[1]
         self._writer = MessageWriter(vocabulary, self._tables.slice_own, self._tables.slice_handle)
         self._outgoing: list[Buffer] = []
         self.outgoing_bytes = 0  # queued
@@ -109,23 +111,51 @@ class Broker:
     def receive_data(self, *pieces: bytes) -> list[Event]:
         """What came, in order, means what follows."""
         events: list[Event] = []
-        tokens, reader = self._tokens, self._reader
-        tokens.receive_data(*pieces)
+        self._tokens.receive_data(*pieces)
         try:
-            while (token := tokens.next_token()) is not None:
-                kind, number = token
-                if kind == PING:
-                    self._queue([ping_token(PONG, number)], is_reply=True)
-                elif kind == ERROR:
-                    raise _PeerReportedError(f"peer reported: {shown(number)}")
-                elif kind != PONG and (message := reader.feed(token)) is not None:
-                    self._dispatch(message, events)
+            while (message := self._plain_call() or self._next_message()) is not None:
+                self._dispatch(message, events)
         except _PeerReportedError:
             raise
         except RemoteProtocolError as error:
             self._queue([error_token(str(error))])
             raise
         return events
+
+    def _plain_call(self) -> Message | None:
+        """The next message, if it is a plain call; the beginning of another one goes to the reader of messages."""
+        if not self._reads_plain_calls or self._reader.is_under_way:
+            return None
+        if (call := self._tokens.take(self._read_plain_call)) is None:
+            return None
+        if call.is_whole:
+            self._reader.skip_call()
+            return call.message()
+        self._reader.begin_call(call.numbers, call.items, [call.count, *call.arguments])
+        return None
+
+    def _read_plain_call(self, data: bytes, position: int) -> tuple[PlainCall, int] | None:
+        if (call := read_plain_call(data, position)) is None:
+            return None
+        _, clid, method = call.items
+        try:
+            self._tables.check_call(clid, method)
+        except Violation:
+            return None
+        return call, call.end
+
+    def _next_message(self) -> Message | SpoiledMessage | None:
+        """None when no more of them came whole."""
+        tokens, reader = self._tokens, self._reader
+        while (token := tokens.next_token()) is not None:
+            kind, number = token
+            if kind == PING:
+                self._queue([ping_token(PONG, number)], is_reply=True)
+            elif kind == ERROR:
+                raise _PeerReportedError(f"peer reported: {shown(number)}")
+            elif kind != PONG and (message := reader.feed(token)) is not None:
+                return message
+        return None
 
     def _dispatch(self, message: Message | SpoiledMessage, events: list[Event]) -> None:
         if isinstance(message, SpoiledMessage):

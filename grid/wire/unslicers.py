@@ -103,6 +103,11 @@ class MessageReader:
         self._stack: list[_Open] = []
         self._reset()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a message has begun and not ended."""
+        return bool(self._stack)
+
     def _reset(self) -> None:
         self._objects: dict[int, Any] = {}
         self._weights: dict[int, int] = {}  # tokens in each container, so that references to it cost the same
@@ -111,6 +116,18 @@ class MessageReader:
         self._tokens_left = MESSAGE_TOKENS_MAX
         self._bytes_left = MESSAGE_BYTES_MAX
         self._references_left = MESSAGE_REFERENCES_MAX
+
+    def skip_call(self) -> None:
+        """A whole call was read elsewhere."""
+        self.opens_received += 2
+
+    def begin_call(self, numbers: tuple[int, int], items: list[Any], arguments: list[Any]) -> None:
+        """As if its tokens had been fed, up to some of its arguments. The table must have agreed to the call."""
+        for opentype, number, children in zip((b"call", b"arguments"), numbers, (items, arguments), strict=True):
+            self._stack.append(_Open(self.opens_received, number, opentype, children, tokens_left=self._tokens_left))
+            self.opens_received += 1
+            self._tokens_left -= len(children)
+            self._bytes_left -= sum(len(child) for child in children if type(child) is bytes)
 
     def feed(self, token: Token) -> Message | SpoiledMessage | None:
         """Raises RemoteProtocolError and nothing else."""
