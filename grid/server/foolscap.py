@@ -8,8 +8,6 @@ Source: RIStorageServer as Tahoe-LAFS 1.20 serves it; errors go out under the na
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 import trio
@@ -29,16 +27,20 @@ log = logging.getLogger(__name__)
 _ONLY_OPERATOR: Final = b"eq"
 
 
-@contextmanager
-def _told_to_the_peer() -> Iterator[None]:
+class _ToldToThePeer:
     """Refusals go out under the names peers know. What the disk says stays here: the text might hold a path."""
-    try:
-        yield
-    except StorageError as error:
-        raise RemoteFailure(error.wire_name, str(error)) from error
-    except OSError as error:
-        log.error("storage failed: %s", error)
-        raise RemoteFailure("builtins.OSError", error.strerror or "storage failed") from error
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, StorageError):
+            raise RemoteFailure(error.wire_name, str(error)) from error
+        if isinstance(error, OSError):
+            log.error("storage failed: %s", error)
+            raise RemoteFailure("builtins.OSError", error.strerror or "storage failed") from error
+
+
+_TOLD_TO_THE_PEER: Final = _ToldToThePeer()
 
 
 class FoolscapStorage(Referenceable):
@@ -77,25 +79,25 @@ class FoolscapStorage(Referenceable):
         canary: RemoteReference,
     ) -> tuple[set[int], dict[int, BucketWriter]]:
         lease = LeaseSecrets(renew_secret, cancel_secret)
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             have, uploads = await self._service.allocate_buckets(storage_index, lease, sharenums, allocated_size)
         if uploads:
             self._tie(uploads.values(), canary)
         return set(have), {number: BucketWriter(upload) for number, upload in uploads.items()}
 
     async def remote_add_lease(self, storage_index: bytes, renew_secret: bytes, cancel_secret: bytes) -> None:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             await self._service.add_lease(storage_index, LeaseSecrets(renew_secret, cancel_secret))
 
     async def remote_get_buckets(self, storage_index: bytes) -> dict[int, BucketReader]:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             numbers = await self._service.immutable_share_numbers(storage_index)
         return {number: BucketReader(self._service, storage_index, number) for number in sorted(numbers)}
 
     async def remote_slot_readv(
         self, storage_index: bytes, shares: list[int], readv: list[tuple[int, int]]
     ) -> dict[int, list[bytes]]:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             return await self._service.slot_readv(storage_index, shares, readv)
 
     async def remote_slot_testv_and_readv_and_writev(
@@ -107,14 +109,14 @@ class FoolscapStorage(Referenceable):
     ) -> tuple[bool, dict[int, list[bytes]]]:
         write_enabler, renew, cancel = secrets
         slot_secrets = SlotSecrets(write_enabler, LeaseSecrets(renew, cancel))
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             writes = {number: _slot_write(*vectors) for number, vectors in tw_vectors.items()}
             return await self._service.slot_testv_and_readv_and_writev(storage_index, slot_secrets, writes, r_vector)
 
     async def remote_advise_corrupt_share(
         self, share_type: bytes, storage_index: bytes, shnum: int, reason: bytes
     ) -> None:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             await self._service.advise_corrupt_share(
                 share_type.decode("utf-8", "replace"), storage_index, shnum, reason.decode("utf-8", "replace")
             )
@@ -163,11 +165,11 @@ class BucketWriter(Referenceable):
         self._upload = upload
 
     async def remote_write(self, offset: int, data: bytes | Pieces) -> None:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             await self._upload.write(offset, *(data.parts if isinstance(data, Pieces) else (data,)))
 
     async def remote_close(self) -> None:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             await self._upload.close()
 
     async def remote_abort(self) -> None:
@@ -186,11 +188,11 @@ class BucketReader(Referenceable):
         self._number = number
 
     async def remote_read(self, offset: int, length: int) -> bytes:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             return await self._service.read(self._storage_index, self._number, offset, length)
 
     async def remote_advise_corrupt_share(self, reason: bytes) -> None:
-        with _told_to_the_peer():
+        with _TOLD_TO_THE_PEER:
             await self._service.advise_corrupt_share(
                 "immutable", self._storage_index, self._number, reason.decode("utf-8", "replace")
             )

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from attrs import define
@@ -38,6 +36,7 @@ class ImmutableShare:
     number: int
     size: int  # of the file, when it was last acquired
     users: int = 0
+    _known: tuple[int, int] = (-1, 0)  # a size of the file, and what of it was data
 
     def header(self) -> container.ImmutableHeader:
         """As it is now. Raises UnusableShareError."""
@@ -45,7 +44,9 @@ class ImmutableShare:
 
     def data_bytes(self) -> int:
         """What of the file is data, which leases follow. Raises UnusableShareError."""
-        return self.header().data_bytes(self.size)
+        if self._known[0] != self.size:  # a lease more or less changes it
+            self._known = self.size, self.header().data_bytes(self.size)
+        return self._known[1]
 
     def read(self, offset: int, length: int) -> bytes:
         """The caller has seen to it that this is within the data."""
@@ -84,16 +85,12 @@ class OpenShares:
                 os.close(share.fd)
             self._open.clear()
 
-    @contextmanager
-    def use(self, storage_index: bytes, number: int) -> Iterator[ImmutableShare]:
+    def use(self, storage_index: bytes, number: int) -> _Use:
         """The share, open until the block ends. Raises NoSuchShareError."""
-        share = self._acquire((storage_index, number))
-        try:
-            yield share
-        finally:
-            self._release((storage_index, number), share)
+        return _Use(self, (storage_index, number))
 
-    def _acquire(self, key: tuple[bytes, int]) -> ImmutableShare:
+    def acquire(self, key: tuple[bytes, int]) -> ImmutableShare:
+        """Raises NoSuchShareError."""
         with self._turn:
             share = self._open.get(key)
             if share is not None:
@@ -115,7 +112,7 @@ class OpenShares:
                 self._close_idle()
             return share
 
-    def _release(self, key: tuple[bytes, int], share: ImmutableShare) -> None:
+    def release(self, key: tuple[bytes, int], share: ImmutableShare) -> None:
         with self._turn:
             share.users -= 1
             if not share.users and self._open.get(key) is not share:
@@ -125,6 +122,23 @@ class OpenShares:
         key = next((key for key, share in self._open.items() if not share.users), None)
         if key is not None:
             os.close(self._open.pop(key).fd)
+
+
+class _Use:
+    """For many small reads: a context manager that is a generator takes longer than the rest of this."""
+
+    __slots__ = ("_key", "_share", "_shares")
+
+    def __init__(self, shares: OpenShares, key: tuple[bytes, int]) -> None:
+        self._shares = shares
+        self._key = key
+
+    def __enter__(self) -> ImmutableShare:
+        self._share = self._shares.acquire(self._key)
+        return self._share
+
+    def __exit__(self, *_: object) -> None:
+        self._shares.release(self._key, self._share)
 
 
 # --- leases ---------------------------------------------------------------------------------------------------------

@@ -254,6 +254,9 @@ def write_all(fd: int, buffers: Sequence[Buffer], position: int) -> None:
         batch = waiting[:_BUFFERS_MAX]
         taken = os.pwritev(fd, batch, position)
         position += taken
+        if taken == sum(map(len, batch)):
+            del waiting[: len(batch)]
+            continue
         done = 0
         while done < len(batch) and taken >= len(batch[done]):
             taken -= len(batch[done])
@@ -271,10 +274,20 @@ def publish(temporary: str, path: str, *, durable: bool) -> None:
         os.rename(temporary, path)
     except FileNotFoundError:
         os.stat(temporary)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _make_bucket(os.path.dirname(path))
         os.rename(temporary, path)
     if durable:
         _fsync(os.path.dirname(path), os.O_RDONLY)
+
+
+def _make_bucket(path: str) -> None:
+    """The directory of one storage index, in one of those of its first two characters, which may be missing, too."""
+    try:
+        os.mkdir(path)
+    except FileNotFoundError:
+        os.makedirs(path, exist_ok=True)
+    except FileExistsError:
+        return
 
 
 def _fsync(path: str, flags: int) -> None:

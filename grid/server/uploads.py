@@ -14,8 +14,8 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -195,9 +195,11 @@ class UploadFiles:
         self._turn = threading.Lock()
         self._open: OrderedDict[Upload, _OpenFile] = OrderedDict()
 
-    @contextmanager
-    def use(self, upload: Upload) -> Iterator[int]:
-        """Its file, open until the block ends. Raises UploadFinishedError, OSError."""
+    def use(self, upload: Upload) -> _Use:
+        """Its file's descriptor, open until the block ends. Raises UploadFinishedError, OSError."""
+        return _Use(self, upload)
+
+    def acquire(self, upload: Upload) -> _OpenFile:
         with self._turn:
             # given up while this waited for a thread: its file is deleted, and another upload may have its name by now
             upload.check_open()
@@ -212,13 +214,13 @@ class UploadFiles:
             else:
                 self._open.move_to_end(upload)
             file.users += 1
-        try:
-            yield file.fd
-        finally:
-            with self._turn:
-                file.users -= 1
-                if not file.users and self._open.get(upload) is not file:
-                    os.close(file.fd)
+        return file
+
+    def release(self, upload: Upload, file: _OpenFile) -> None:
+        with self._turn:
+            file.users -= 1
+            if not file.users and self._open.get(upload) is not file:
+                os.close(file.fd)
 
     def let_go(self, upload: Upload) -> None:
         """Close the file."""
@@ -238,3 +240,20 @@ class UploadFiles:
         idle = next((upload for upload, file in self._open.items() if not file.users), None)
         if idle is not None:
             os.close(self._open.pop(idle).fd)
+
+
+class _Use:
+    """As `use` of OpenShares: many writes are small."""
+
+    __slots__ = ("_file", "_files", "_upload")
+
+    def __init__(self, files: UploadFiles, upload: Upload) -> None:
+        self._files = files
+        self._upload = upload
+
+    def __enter__(self) -> int:
+        self._file = self._files.acquire(self._upload)
+        return self._file.fd
+
+    def __exit__(self, *_: object) -> None:
+        self._files.release(self._upload, self._file)
