@@ -51,6 +51,7 @@ from tahoefs.errnos import exit_code_of
 from tahoefs.exposition import stats_command
 from tahoefs.failures import leaf_error
 from tahoefs.lease_keeper import LeaseKeeper
+from tahoefs.limits import allow_open_files
 from tahoefs.logs import set_up_logging
 from tahoefs.metrics_endpoint import serve_metrics
 from tahoefs.mount_config import MountConfig, log_file
@@ -295,6 +296,7 @@ def main() -> int:
     except OSError as refused:
         answer({"error": f"cannot log to {log_file(config)}: {refused.strerror}; is the place yours?", "exit_code": 1})
         return 1
+    allow_open_files()
     try:
         trio.run(run_mount, config, lambda: answer({"ready": True}))
     except BaseException as raised:

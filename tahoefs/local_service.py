@@ -27,6 +27,7 @@ from grid.node_files import introducers_text
 from grid.server_directory import Endpoint, ServerDirectory
 from grid.services import Serving, serve_node
 from tahoefs.failures import leaf_error
+from tahoefs.limits import allow_open_files
 from tahoefs.local_grid import (
     LOG,
     READY,
@@ -179,6 +180,7 @@ def main() -> int:
             os.close(null)
 
     set_up_logging(directory / LOG, debug=False)
+    allow_open_files()
     try:
         trio.run(serve_grid, directory, lambda: answer({"ready": True}))
     except BaseException as raised:

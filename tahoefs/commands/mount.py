@@ -72,6 +72,7 @@ def _run_here(config: MountConfig) -> None:
 
     from tahoefs import sdnotify
     from tahoefs.daemon import run_mount
+    from tahoefs.limits import allow_open_files
     from tahoefs.logs import set_up_logging
     from tahoefs.progress import Progress
 
@@ -81,6 +82,7 @@ def _run_here(config: MountConfig) -> None:
         sdnotify.notify(f"STATUS={text}")
 
     set_up_logging(None, debug=config.debug)
+    allow_open_files()
     with Progress("sending") as progress:
         trio.run(run_mount, config, sdnotify.ready, note, progress.pending)
 

@@ -28,9 +28,11 @@ def command(ctx: click.Context, directory: Path, metrics_port: int | None) -> No
     import trio
 
     from grid.server_directory import ServerDirectory
+    from tahoefs.limits import allow_open_files
     from tahoefs.logs import set_up_logging
 
     set_up_logging(None, debug=ctx.obj["debug"])
+    allow_open_files()
     node = ServerDirectory.open(directory)
     with node_registered(node.path) as socket:
         trio.run(_run, node, socket, metrics_port)
