@@ -23,6 +23,7 @@ from grid.server.errors import (
     UnusableShareError,
 )
 from grid.server.journal import Places, Resize, Step, Unlink, Write
+from grid.server.locks import Use
 
 OPEN_SHARES_MAX: Final = 128  # kept open while nobody reads them
 LEASES_MAX: Final = 10_000  # ours, per share
@@ -85,9 +86,9 @@ class OpenShares:
                 os.close(share.fd)
             self._open.clear()
 
-    def use(self, storage_index: bytes, number: int) -> _Use:
+    def use(self, storage_index: bytes, number: int) -> Use[tuple[bytes, int], ImmutableShare]:
         """The share, open until the block ends. Raises NoSuchShareError."""
-        return _Use(self, (storage_index, number))
+        return Use(self, (storage_index, number))
 
     def acquire(self, key: tuple[bytes, int]) -> ImmutableShare:
         """Raises NoSuchShareError."""
@@ -122,23 +123,6 @@ class OpenShares:
         key = next((key for key, share in self._open.items() if not share.users), None)
         if key is not None:
             os.close(self._open.pop(key).fd)
-
-
-class _Use:
-    """For many small reads: a context manager that is a generator takes longer than the rest of this."""
-
-    __slots__ = ("_key", "_share", "_shares")
-
-    def __init__(self, shares: OpenShares, key: tuple[bytes, int]) -> None:
-        self._shares = shares
-        self._key = key
-
-    def __enter__(self) -> ImmutableShare:
-        self._share = self._shares.acquire(self._key)
-        return self._share
-
-    def __exit__(self, *_: object) -> None:
-        self._shares.release(self._key, self._share)
 
 
 # --- leases ---------------------------------------------------------------------------------------------------------

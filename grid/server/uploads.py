@@ -32,6 +32,7 @@ from grid.server.errors import (
     UploadFinishedError,
 )
 from grid.server.journal import Buffer, publish, write_all
+from grid.server.locks import Use
 from grid.server.shares import ShareStore
 from grid.server.spans import SPANS_MAX, Spans
 
@@ -130,11 +131,11 @@ class Upload:
 
     def _write(self, offset: int, data: Sequence[Buffer]) -> None:
         end = offset + sum(map(len, data))
-        with self._service.upload_files.use(self) as fd:
+        with self._service.upload_files.use(self) as file:
             if written := self.spans.within(offset, end):
                 whole = memoryview(b"".join(data))
                 for begin, until in written:
-                    self._compare(fd, begin, whole[begin - offset : until - offset])
+                    self._compare(file.fd, begin, whole[begin - offset : until - offset])
             if end > self.size:
                 raise DataTooLargeError(self.size, offset, end - offset)
             if len(self.spans) >= SPANS_MAX:
@@ -144,7 +145,7 @@ class Upload:
                 buffers, position = [container.pack_immutable_header(self.size, 1), *data], 0
             if end == self.size:
                 buffers.append(container.pack_immutable_lease(self.lease))
-            _write(fd, buffers, position)
+            _write(file.fd, buffers, position)
         WRITTEN_BYTES.add(end - offset)
         self.spans.add(offset, end)
 
@@ -158,12 +159,12 @@ class Upload:
         header_written = bool(self.spans.within(0, 1))
         lease_written = bool(self.spans.within(self.size - 1, self.size)) if self.size else False
         store = self._service.store
-        with self._service.upload_files.use(self) as fd:
+        with self._service.upload_files.use(self) as file:
             if not header_written:
-                _write(fd, [container.pack_immutable_header(self.size, 1)], 0)
+                _write(file.fd, [container.pack_immutable_header(self.size, 1)], 0)
             if not lease_written:
                 lease = container.pack_immutable_lease(self.lease)
-                _write(fd, [lease], container.immutable_lease_offset(self.size, 0))
+                _write(file.fd, [lease], container.immutable_lease_offset(self.size, 0))
         self._service.upload_files.let_go(self)
         publish(
             store.upload(self.storage_index, self.number),
@@ -195,9 +196,9 @@ class UploadFiles:
         self._turn = threading.Lock()
         self._open: OrderedDict[Upload, _OpenFile] = OrderedDict()
 
-    def use(self, upload: Upload) -> _Use:
-        """Its file's descriptor, open until the block ends. Raises UploadFinishedError, OSError."""
-        return _Use(self, upload)
+    def use(self, upload: Upload) -> Use[Upload, _OpenFile]:
+        """Its file, open until the block ends. Raises UploadFinishedError, OSError."""
+        return Use(self, upload)
 
     def acquire(self, upload: Upload) -> _OpenFile:
         with self._turn:
@@ -240,20 +241,3 @@ class UploadFiles:
         idle = next((upload for upload, file in self._open.items() if not file.users), None)
         if idle is not None:
             os.close(self._open.pop(idle).fd)
-
-
-class _Use:
-    """As `use` of OpenShares: many writes are small."""
-
-    __slots__ = ("_file", "_files", "_upload")
-
-    def __init__(self, files: UploadFiles, upload: Upload) -> None:
-        self._files = files
-        self._upload = upload
-
-    def __enter__(self) -> int:
-        self._file = self._files.acquire(self._upload)
-        return self._file.fd
-
-    def __exit__(self, *_: object) -> None:
-        self._files.release(self._upload, self._file)

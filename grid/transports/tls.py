@@ -101,6 +101,12 @@ async def _shake_hands(transport: trio.abc.Stream, engine: Engine) -> TLSStream:
     return stream
 
 
+def _check_open(socket: trio.socket.SocketType) -> None:
+    """Raises ClosedResourceError. OpenSSL knows a descriptor's number alone, which may be another connection's then."""
+    if socket.fileno() < 0:
+        raise trio.ClosedResourceError("this stream is closed")
+
+
 # --- the standard library
 
 
@@ -204,12 +210,8 @@ class _LibrarySocketEngine:
         except OSError as error:
             raise trio.BrokenResourceError(f"TLS handshake failed: {error.strerror}") from error
 
-    def _check_open(self) -> None:
-        if self._socket.fileno() < 0:
-            raise trio.ClosedResourceError("this stream is closed")
-
     def handshake(self) -> bool:
-        self._check_open()
+        _check_open(self._socket)
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -225,7 +227,7 @@ class _LibrarySocketEngine:
         return b""
 
     def read(self, pieces: list[bytes]) -> bool:
-        self._check_open()
+        _check_open(self._socket)
         left = 0 if self._ended else READ_BYTES
         try:
             while left > 0 and (piece := self._tls.read(RECORD_BYTES)):
@@ -241,7 +243,7 @@ class _LibrarySocketEngine:
         return not self._ended
 
     def write(self, plaintext: memoryview) -> int:
-        self._check_open()
+        _check_open(self._socket)
         try:
             return self._tls.write(plaintext)
         except ssl.SSLWantWriteError:
@@ -353,20 +355,15 @@ class _SocketEngine(_ServerEngine):
         self._socket = socket
         self._ended = False  # after which OpenSSL must not be asked again
 
-    def _check_open(self) -> None:
-        # OpenSSL knows the descriptor's number alone, which may be another connection's once this socket is closed.
-        if self._socket.fileno() < 0:
-            raise trio.ClosedResourceError("this stream is closed")
-
     def handshake(self) -> bool:
-        self._check_open()
+        _check_open(self._socket)
         return super().handshake()
 
     def take(self) -> bytes:
         return b""
 
     def read(self, pieces: list[bytes]) -> bool:
-        self._check_open()
+        _check_open(self._socket)
         left = 0 if self._ended else READ_BYTES
         try:
             while left > 0:
@@ -383,7 +380,7 @@ class _SocketEngine(_ServerEngine):
         return not self._ended
 
     def write(self, plaintext: memoryview) -> int:
-        self._check_open()
+        _check_open(self._socket)
         return super().write(plaintext)
 
     def shutdown(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,22 +14,15 @@ from grid.errors import RemoteProtocolError
 from grid.wire.banana import VOCABULARIES, ping_token
 from grid.wire.calls import Broker, Event
 from grid.wire.plain_calls import STRING_BYTES_MAX, read_plain_call
-from grid.wire.references import Referenceable
-from grid.wire.remote_interfaces import RIBucketWriter
-from grid.wire.schemas import RemoteInterface
 from grid.wire.slicers import MessageWriter
-from tests.grid.wire.test_calls import pair, take
+from tests.grid.wire.test_calls import Writer, pair, take
 
 
-class Writer(Referenceable):
-    remote_interface: ClassVar[RemoteInterface | None] = RIBucketWriter
-
-
-def encoded(method: str, *args: object, keywords: dict[str, object] | None = None) -> bytes:
+def encoded(method: str, *args: object) -> bytes:
     def refuse(value: object) -> Any:
         raise AssertionError
 
-    return b"".join(MessageWriter(VOCABULARIES[1], refuse, refuse).call(300, 2, method, args, keywords))
+    return b"".join(MessageWriter(VOCABULARIES[1], refuse, refuse).call(300, 2, method, args))
 
 
 @pytest.mark.parametrize(
