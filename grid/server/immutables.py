@@ -7,11 +7,9 @@ count are looked at for each use all the same, as both may change, and so is whe
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from typing import Final
 
-from attrs import define
+from attrs import define, field
 
 from grid.errors import FormatError
 from grid.formats import container
@@ -23,20 +21,18 @@ from grid.server.errors import (
     UnusableShareError,
 )
 from grid.server.journal import Places, Resize, Step, Unlink, Write
-from grid.server.locks import Use
+from grid.server.open_files import OpenFile, OpenFiles
 
 OPEN_SHARES_MAX: Final = 128  # kept open while nobody reads them
 LEASES_MAX: Final = 10_000  # ours, per share
 
 
 @define(eq=False)
-class ImmutableShare:
+class ImmutableShare(OpenFile):
     """An open share file."""
 
-    fd: int
-    number: int
-    size: int  # of the file, when it was last acquired
-    users: int = 0
+    number: int = field(kw_only=True)
+    size: int = field(kw_only=True)  # of the file, when it was last acquired
     _known: tuple[int, int] = (-1, 0)  # a size of the file, and what of it was data
 
     def header(self) -> container.ImmutableHeader:
@@ -72,57 +68,26 @@ def parse_header(start: bytes, file_bytes: int, number: int) -> container.Immuta
         raise UnusableShareError(f"share {number}: {error}") from None
 
 
-class OpenShares:
-    """Share files that are open, the ones used longest ago closed first. Used from several threads."""
+class OpenShares(OpenFiles[tuple[bytes, int], ImmutableShare]):
+    """By storage index and share number. Using one raises NoSuchShareError."""
 
     def __init__(self, places: Places) -> None:
+        super().__init__(OPEN_SHARES_MAX)
         self._places = places
-        self._turn = threading.Lock()
-        self._open: OrderedDict[tuple[bytes, int], ImmutableShare] = OrderedDict()
 
-    def close(self) -> None:
-        with self._turn:
-            for share in self._open.values():
-                os.close(share.fd)
-            self._open.clear()
+    def _open(self, key: tuple[bytes, int]) -> ImmutableShare:
+        try:
+            fd = os.open(self._places.share(*key), os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoSuchShareError(f"no share {key[1]}") from None
+        return ImmutableShare(fd, number=key[1], size=os.fstat(fd).st_size)
 
-    def use(self, storage_index: bytes, number: int) -> Use[tuple[bytes, int], ImmutableShare]:
-        """The share, open until the block ends. Raises NoSuchShareError."""
-        return Use(self, (storage_index, number))
-
-    def acquire(self, key: tuple[bytes, int]) -> ImmutableShare:
-        """Raises NoSuchShareError."""
-        with self._turn:
-            share = self._open.get(key)
-            if share is not None:
-                status = os.fstat(share.fd)
-                if status.st_nlink:
-                    share.size = status.st_size
-                    self._open.move_to_end(key)
-                    share.users += 1
-                    return share
-                del self._open[key]  # deleted: by us, or by an administrator
-                if not share.users:
-                    os.close(share.fd)
-            try:
-                fd = os.open(self._places.share(*key), os.O_RDONLY | os.O_CLOEXEC)
-            except (FileNotFoundError, NotADirectoryError):
-                raise NoSuchShareError(f"no share {key[1]}") from None
-            share = self._open[key] = ImmutableShare(fd, key[1], os.fstat(fd).st_size, 1)
-            if len(self._open) > OPEN_SHARES_MAX:
-                self._close_idle()
-            return share
-
-    def release(self, key: tuple[bytes, int], share: ImmutableShare) -> None:
-        with self._turn:
-            share.users -= 1
-            if not share.users and self._open.get(key) is not share:
-                os.close(share.fd)
-
-    def _close_idle(self) -> None:
-        key = next((key for key, share in self._open.items() if not share.users), None)
-        if key is not None:
-            os.close(self._open.pop(key).fd)
+    def _is_good(self, key: tuple[bytes, int], share: ImmutableShare) -> bool:
+        status = os.fstat(share.fd)
+        if not status.st_nlink:
+            return False  # deleted: by us, or by an administrator
+        share.size = status.st_size
+        return True
 
 
 # --- leases ---------------------------------------------------------------------------------------------------------

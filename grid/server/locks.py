@@ -1,15 +1,9 @@
-"""What is held for as long as somebody uses it: one lock for each storage index, open files."""
+"""One lock for each storage index somebody uses, for as long as somebody does."""
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, TypeVar
-
 import trio
 from attrs import define, field
-
-K = TypeVar("K")
-K_contra = TypeVar("K_contra", contravariant=True)
-V = TypeVar("V")
 
 
 class Locks:
@@ -53,29 +47,3 @@ class Lock:
         self.users -= 1
         if not self.users:
             del self.table[self.storage_index]
-
-
-class Keeper(Protocol[K_contra, V]):
-    """Who has the files."""
-
-    def acquire(self, key: K_contra, /) -> V: ...
-    def release(self, key: K_contra, held: V, /) -> None: ...
-
-
-class Use(Generic[K, V]):
-    """`with` it, what the keeper has under that key is acquired, and released after. Many uses are small: a context
-    manager that is a generator takes longer than all the rest of them.
-    """
-
-    __slots__ = ("_held", "_keeper", "_key")
-
-    def __init__(self, keeper: Keeper[K, V], key: K) -> None:
-        self._keeper = keeper
-        self._key = key
-
-    def __enter__(self) -> V:
-        self._held = self._keeper.acquire(self._key)
-        return self._held
-
-    def __exit__(self, *_: object) -> None:
-        self._keeper.release(self._key, self._held)

@@ -186,21 +186,21 @@ class StorageService:
         """Of finished immutable shares. Raises UnusableShareError if any of the files there is something else."""
         held = await self.share_numbers(storage_index)
         for number in held:
-            with self.store.open_shares.use(storage_index, number) as share:
+            with self.store.open_shares.use((storage_index, number)) as share:
                 share.header()
         return held
 
     async def share_length(self, storage_index: bytes, number: int) -> int:
         """Bytes of data of an immutable share. Raises NoSuchShareError, UnusableShareError."""
         check_storage_index(storage_index)
-        with self.store.open_shares.use(storage_index, number) as share:
+        with self.store.open_shares.use((storage_index, number)) as share:
             return share.data_bytes()
 
     async def read(self, storage_index: bytes, number: int, offset: int, length: int) -> bytes:
         """Of an immutable share, cut at its end. Raises NoSuchShareError, UnusableShareError, BadRequestError."""
         check_storage_index(storage_index)
         check_span(offset, length)
-        with self.store.open_shares.use(storage_index, number) as share:
+        with self.store.open_shares.use((storage_index, number)) as share:
             wanted = max(0, min(length, share.data_bytes() - offset))
             if wanted > slots.READ_BYTES_MAX:
                 raise BadRequestError(f"more than {slots.READ_BYTES_MAX} bytes to be read in one call")
@@ -277,7 +277,7 @@ class StorageService:
         with ExitStack() as stack:
             share: immutables.ImmutableShare | slots.SlotShare
             if self.store.kind_of(storage_index, number) == "immutable":
-                share = stack.enter_context(self.store.open_shares.use(storage_index, number))
+                share = stack.enter_context(self.store.open_shares.use((storage_index, number)))
                 header, _, leases = share.leases()
                 places = choose(header.version, leases)
                 steps, freed = immutables.drop_leases(share, places) if places else ([], 0)
@@ -292,7 +292,7 @@ class StorageService:
 
     def _add_or_renew_immutable(self, storage_index: bytes, number: int, lease: LeaseSecrets, owner: int) -> None:
         expires = int(self.store.clock()) + LEASE_PERIOD_S
-        with self.store.open_shares.use(storage_index, number) as share:
+        with self.store.open_shares.use((storage_index, number)) as share:
             steps = immutables.renew_lease(share, lease.renew, expires)
             if steps is None:
                 if not self.store.has_room_for(container.IMMUTABLE_LEASE_BYTES):
@@ -304,7 +304,7 @@ class StorageService:
     def _renewal(self, storage_index: bytes, number: int, renew: bytes, stack: ExitStack) -> Sequence[Any]:
         expires = int(self.store.clock()) + LEASE_PERIOD_S
         if self.store.kind_of(storage_index, number) == "immutable":
-            immutable = stack.enter_context(self.store.open_shares.use(storage_index, number))
+            immutable = stack.enter_context(self.store.open_shares.use((storage_index, number)))
             steps = immutables.renew_lease(immutable, renew, expires)
         else:
             steps = slots.renew_lease(slots.open_slot(self.store, storage_index, number, stack), renew, expires)

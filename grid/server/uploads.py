@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,7 +30,7 @@ from grid.server.errors import (
     UploadFinishedError,
 )
 from grid.server.journal import Buffer, publish, write_all
-from grid.server.locks import Use
+from grid.server.open_files import OpenFile, OpenFiles
 from grid.server.shares import ShareStore
 from grid.server.spans import SPANS_MAX, Spans
 
@@ -182,53 +180,25 @@ def _write(fd: int, buffers: list[Buffer], position: int) -> None:
         raise
 
 
-@define
-class _OpenFile:
-    fd: int
-    users: int = 0
-
-
-class UploadFiles:
-    """The files of uploads: made at first use, closed when too many are open. Used from several threads."""
+class UploadFiles(OpenFiles[Upload, OpenFile]):
+    """Made at first use. Using one raises UploadFinishedError, OSError."""
 
     def __init__(self, store: ShareStore) -> None:
+        super().__init__(OPEN_UPLOADS_MAX)
         self._store = store
-        self._turn = threading.Lock()
-        self._open: OrderedDict[Upload, _OpenFile] = OrderedDict()
 
-    def use(self, upload: Upload) -> Use[Upload, _OpenFile]:
-        """Its file, open until the block ends. Raises UploadFinishedError, OSError."""
-        return Use(self, upload)
-
-    def acquire(self, upload: Upload) -> _OpenFile:
-        with self._turn:
-            # given up while this waited for a thread: its file is deleted, and another upload may have its name by now
-            upload.check_open()
-            file = self._open.get(upload)
-            if file is None:
-                path = self._store.upload(upload.storage_index, upload.number)
-                flags = os.O_RDWR | os.O_CLOEXEC | (0 if upload.made else os.O_CREAT | os.O_EXCL)
-                file = self._open[upload] = _OpenFile(os.open(path, flags, 0o644))
-                upload.made = True
-                if len(self._open) > OPEN_UPLOADS_MAX:
-                    self._close_idle()
-            else:
-                self._open.move_to_end(upload)
-            file.users += 1
+    def _open(self, upload: Upload) -> OpenFile:
+        # given up while this waited for a thread: its file is deleted, and another upload may have its name by now
+        upload.check_open()
+        path = self._store.upload(upload.storage_index, upload.number)
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if upload.made else os.O_CREAT | os.O_EXCL)
+        file = OpenFile(os.open(path, flags, 0o644))
+        upload.made = True
         return file
 
-    def release(self, upload: Upload, file: _OpenFile) -> None:
-        with self._turn:
-            file.users -= 1
-            if not file.users and self._open.get(upload) is not file:
-                os.close(file.fd)
-
-    def let_go(self, upload: Upload) -> None:
-        """Close the file."""
-        with self._turn:
-            file = self._open.pop(upload, None)
-            if file is not None and not file.users:
-                os.close(file.fd)
+    def _is_good(self, upload: Upload, file: OpenFile) -> bool:
+        upload.check_open()
+        return True
 
     def discard(self, upload: Upload) -> None:
         """Close the file and delete it."""
@@ -236,8 +206,3 @@ class UploadFiles:
         if upload.made:
             with suppress(OSError):
                 os.unlink(self._store.upload(upload.storage_index, upload.number))
-
-    def _close_idle(self) -> None:
-        idle = next((upload for upload, file in self._open.items() if not file.users), None)
-        if idle is not None:
-            os.close(self._open.pop(idle).fd)
